@@ -1,0 +1,166 @@
+"""What every test starts from: the chosen interpreters, a bare environment, the spawned tool, a scripted server."""
+
+import argparse
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import loopback
+from terminal import Process, Result, Terminal, checked, exit_status
+
+TOP = Path(__file__).resolve().parent.parent
+XEROCTL = TOP / "xeroctl.py"
+sys.path.insert(0, str(TOP))
+
+
+def interpreter_path(text):
+    """Return the absolute path of the interpreter that a shell would start for *text*."""
+    path = shutil.which(text)
+    if path is None:
+        raise argparse.ArgumentTypeError(f"no such program: {text!r}")
+    return os.path.abspath(path)
+
+
+def interpreter_name(path):
+    """Return a name such as python3.6, as the interpreter itself tells its version."""
+    version = subprocess.check_output([path, "-V"], universal_newlines=True).split()[1]
+    return "python" + ".".join(version.split(".")[:2])
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--interpreter", action="append", type=interpreter_path, metavar="PATH",
+        help="spawn the tool on this Python, 3.6 or later; may be repeated (default: the one that runs pytest)",
+    )
+
+
+def pytest_configure(config):
+    # A shell's `&` and nohup leave these ignored, and what is ignored stays so in a child; what is handled does not.
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *unused: None)
+
+
+def pytest_generate_tests(metafunc):
+    if "interpreter" in metafunc.fixturenames:
+        paths = metafunc.config.getoption("--interpreter") or [sys.executable]
+        names = [interpreter_name(path) for path in paths]
+        metafunc.parametrize("interpreter", paths, ids=names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def interpreter(request):
+    """The Python that runs the tool: each --interpreter in turn."""
+    return request.param
+
+
+@pytest.fixture
+def env(tmp_path):
+    """The whole environment of the tool, with an empty home; a test may change it."""
+    home = tmp_path / "home"
+    home.mkdir()
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "LANG": "C.UTF-8",
+        "PYTHONWARNINGS": "error",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TERM": "xterm",
+    }
+
+
+def changed(env, changes):
+    """Return *env* with *changes* made; a value of None removes the variable."""
+    merged = {**env, **(changes or {})}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+@pytest.fixture
+def run(interpreter, env):
+    """Run the tool to its end and return its Result; a traceback on its stderr fails the test."""
+    base = env
+
+    def run(*args, stdin=b"", env=None, timeout=20, interpreter_options=(), cwd=None):
+        source = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
+        try:
+            done = subprocess.run(
+                [interpreter, *interpreter_options, str(XEROCTL), *args], env=changed(base, env), cwd=cwd,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout, start_new_session=True, **source,
+            )
+        except subprocess.TimeoutExpired as late:
+            pytest.fail(f"no end within {timeout} s; stdout: {late.stdout}, stderr: {late.stderr}")
+        return checked(Result(exit_status(done.returncode), done.stdout, done.stderr))
+
+    return run
+
+
+def starter(driver, interpreter, base):
+    """Yield a function that starts the tool under *driver*, then kill whatever it started."""
+    started = []
+
+    def start(*args, env=None, interpreter_options=(), **options):
+        argv = [interpreter, *interpreter_options, str(XEROCTL), *args]
+        started.append(driver(argv, changed(base, env), **options))
+        return started[-1]
+
+    yield start
+    for child in started:
+        child.kill()
+
+
+@pytest.fixture
+def start(interpreter, env):
+    """Start the tool on pipes and return its Process; options: stdin, stdout, stderr, cwd."""
+    yield from starter(Process, interpreter, env)
+
+
+@pytest.fixture
+def terminal(interpreter, env):
+    """Start the tool on a pty and return its Terminal; options: columns, rows, stdin, stdout, stderr, cwd."""
+    yield from starter(Terminal, interpreter, env)
+
+
+@pytest.fixture
+def server():
+    """A scripted server; a connection without a script, or a step that failed, fails the test."""
+    with loopback.Server() as server:
+        yield server
+    assert (server.surprises, server.failures) == (0, [])
+
+
+@pytest.fixture
+def chat(run, server):
+    """Run the tool's chat command against *server*."""
+
+    def chat(*args, **options):
+        return run("chat", "--endpoint", "my-endpoint", "--base-url", server.url + "/acme/v1", *args, **options)
+
+    return chat
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """The path of a key and a certificate for 127.0.0.1 and localhost that signs itself, in one PEM file."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-addext", "keyUsage=digitalSignature,keyCertSign",
+         "-keyout", str(path), "-out", str(path.with_suffix(".crt"))],
+        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+    path.write_bytes(path.read_bytes() + path.with_suffix(".crt").read_bytes())
+    return path
+
+
+@pytest.fixture(scope="session")
+def xeroctl():
+    """The tool as a module, for tables of cases on its pure functions."""
+    return importlib.import_module("xeroctl")

@@ -1,0 +1,1715 @@
+#!/usr/bin/env python3
+"""xeroctl: chat with Xerotier endpoints, and with any OpenAI-compatible server, from one file.
+
+It needs Python 3.6 or later and nothing else.  Start with:
+
+    python3 xeroctl.py chat --demo --stream -m "Hello"
+
+The file reads bottom-up: a room uses only the rooms above it, and data flows one way,
+
+    argv -> options -> Settings -> Request -> bytes -> events -> deltas -> Reply -> exit status
+
+    Constants          exit statuses, defaults, names of variables, limits
+    Errors             what can go wrong, and the exit status of each kind
+    Records            the values that travel between rooms
+    Settings           options, environment and config.toml made into one Settings    (pure)
+    Requests           bodies, headers, addresses, the same request as a curl line    (pure)
+    Event stream       bytes cut anywhere made into events                            (pure)
+    Replies            deltas made into a Reply, error bodies into one sentence       (pure)
+    Text               what is printed, and what a terminal must not be sent          (pure)
+    Files              reading the config file and prompts
+    Transport          connections, TLS, proxies, and the bytes of a response
+    Terminal           the three streams, notices, the spinner
+    Rendering          an answer as text or as JSON
+    Exchange           one question, its retries and its answer
+    Practice endpoint  the server behind --demo
+    Commands           one run_* function a command
+    Command line       the parser, and main
+"""
+
+import argparse
+import codecs
+import contextlib
+import errno
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections import namedtuple
+
+# -- Constants --------------------------------------------------------------------------------
+
+__version__ = "0.1.0"
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_AUTH = 3
+EXIT_REFUSED = 4
+EXIT_SERVER = 5
+EXIT_NETWORK = 6
+EXIT_RATE_LIMIT = 7
+EXIT_CUT_SHORT = 8
+EXIT_CLOSED_STDOUT = 141
+
+ENV_BASE_URL = "XEROTIER_BASE_URL"
+ENV_API_KEY = "XEROTIER_API_KEY"
+ENV_CONTEXT = "XEROTIER_CONTEXT"
+
+DEFAULT_CONNECT_TIMEOUT_SECONDS = 10
+DEFAULT_TIMEOUT_SECONDS = 300
+DEFAULT_RETRIES = 2
+DEMO_ENDPOINT = "demo"
+
+MAX_RETRY_DELAY_SECONDS = 60
+MAX_TIMEOUT_SECONDS = 1000000
+MAX_ERROR_BYTES = 64 * 1024
+MAX_ERROR_CHARACTERS = 500
+MAX_EVENT_BYTES = MAX_REPLY_BYTES = 64 * 1024 * 1024
+READ_BYTES = 64 * 1024
+MIN_REDACTED_CHARACTERS = 8
+
+CHAT_PATH = "/chat/completions"
+
+# -- Errors -----------------------------------------------------------------------------------
+
+
+class XeroctlError(Exception):
+    """A failure that a user, a server or a network can cause, in one sentence.
+
+    *status* is the HTTP status, *code* and *request_id* are the server's own words, *retry_after*
+    is the seconds that the server asked us to wait.  Whoever raises it says if a retry may help.
+    """
+
+    kind = "failure"
+    exit_status = EXIT_FAILURE
+
+    def __init__(self, message, status=None, code=None, request_id=None,
+                 retryable=False, retry_after=None):
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.request_id = request_id
+        self.retryable = retryable
+        self.retry_after = retry_after
+
+
+class OutputError(XeroctlError):
+    """The answer could not be written."""
+
+    kind = "output"
+
+
+class UsageError(XeroctlError):
+    """The options, the environment or the config file are wrong; nothing was sent."""
+
+    kind = "usage"
+    exit_status = EXIT_USAGE
+
+
+class AuthError(XeroctlError):
+    """The server did not accept the API key (HTTP 401 or 403)."""
+
+    kind = "auth"
+    exit_status = EXIT_AUTH
+
+
+class RefusedError(XeroctlError):
+    """The server understood and refused the request (another HTTP 4xx)."""
+
+    kind = "refused"
+    exit_status = EXIT_REFUSED
+
+
+class ServerError(XeroctlError):
+    """The server failed (HTTP 5xx), or sent something that is no answer."""
+
+    kind = "server"
+    exit_status = EXIT_SERVER
+
+
+class NetworkError(XeroctlError):
+    """The server could not be reached, or fell silent."""
+
+    kind = "network"
+    exit_status = EXIT_NETWORK
+
+
+class RateLimitError(XeroctlError):
+    """The server asked us to slow down (HTTP 429), once more than we retried."""
+
+    kind = "rate_limit"
+    exit_status = EXIT_RATE_LIMIT
+
+
+class CutShortError(XeroctlError):
+    """The reply ended before its end; what came of it was shown."""
+
+    kind = "cut_short"
+    exit_status = EXIT_CUT_SHORT
+
+
+class Terminated(BaseException):
+    """Signal *number* asked the process to end; it passes every handler of errors but main's."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
+# -- Records ----------------------------------------------------------------------------------
+
+# Plain namedtuples: the typing module would add a quarter to the start-up time on Python 3.6.
+
+Config = namedtuple("Config", "path current deployments")
+Settings = namedtuple("Settings", "endpoint base_url api_key output timeout connect_timeout "
+                                  "retries cacert notices")
+Request = namedtuple("Request", "method url headers body streamed")
+Event = namedtuple("Event", "name data")
+Delta = namedtuple("Delta", "text reasoning")
+Usage = namedtuple("Usage", "prompt completion total cached reasoning")
+Reply = namedtuple("Reply", "text id model finish_reason usage chunks seconds first_token_seconds")
+Response = namedtuple("Response", "status headers chunks")
+
+# -- Settings ---------------------------------------------------------------------------------
+
+_TOML_KEY = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
+_TOML_KEYS = r"%s(?:\s*\.\s*%s)*" % (_TOML_KEY, _TOML_KEY)
+_TOML_END = r"\s*(?:#.*)?$"
+_TOML_HEADER = re.compile(r"\s*\[\s*(%s)\s*\]%s" % (_TOML_KEYS, _TOML_END))
+_TOML_PAIR = re.compile(r"\s*(%s)\s*=\s*(.*)$" % _TOML_KEYS)
+_TOML_VALUE = re.compile(
+    r"""("(?!"")(?:[^"\\]|\\.)*"|'(?!'')[^']*'|true|false|[+-]?\d+(?:\.\d+)?)""" + _TOML_END)
+
+
+def toml_value(text):
+    """Return the value that a TOML string, boolean or plain number stands for."""
+    if text.startswith("'"):
+        return text[1:-1]
+    if text.startswith('"') or text in ("true", "false"):
+        return json.loads(text)
+    return float(text) if "." in text else int(text)
+
+
+def toml_keys(text):
+    """Return the parts of a dotted TOML key."""
+    return [toml_value(part) if part[0] in "\"'" else part
+            for part in re.findall(_TOML_KEY, text)]
+
+
+def parse_toml_subset(text):
+    """Return the tables of a TOML text of strings, booleans and plain numbers.
+
+    Raise ValueError, with the line's number, for everything else that TOML allows.
+    """
+    document = {}
+    table = document
+    for number, line in enumerate(text.split("\n"), 1):
+        header, pair = _TOML_HEADER.match(line), _TOML_PAIR.match(line)
+        try:
+            if header:
+                table = document
+                for key in toml_keys(header.group(1)):
+                    table = table.setdefault(key, {})
+                    table.items()
+            elif pair:
+                target, value = table, _TOML_VALUE.match(pair.group(2))
+                keys = toml_keys(pair.group(1))
+                for key in keys[:-1]:
+                    target = target.setdefault(key, {})
+                if keys[-1] in target:
+                    raise ValueError
+                target[keys[-1]] = toml_value(value.group(1))
+            elif not re.match(_TOML_END, line):
+                raise ValueError
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError("cannot read this (at line %d)" % number) from error
+    return document
+
+
+def parse_config(text, path):
+    """Return the Config that the TOML *text* of the file *path* describes.
+
+    Raise UsageError, naming the file and the line, where it is broken.
+    """
+    try:
+        import tomllib
+    except ImportError:  # before Python 3.11
+        parse_toml = parse_toml_subset
+    else:
+        parse_toml = tomllib.loads
+    try:
+        document = parse_toml(text.replace("\r\n", "\n"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: broken TOML: {error}") from error
+    current = document.get("current")
+    deployments = document.get("deployment", {})
+    if not isinstance(current, (str, type(None))):
+        raise UsageError(f"{path}: current is not text")
+    if not isinstance(deployments, dict):
+        raise UsageError(f"{path}: deployment is not a table")
+    for name, deployment in deployments.items():
+        if not isinstance(deployment, dict):
+            raise UsageError(f"{path}: deployment.{name} is not a table")
+        for key in ("base_url", "api_key", "api_key_keychain", "output"):
+            if not isinstance(deployment.get(key, ""), str):
+                raise UsageError(f"{path}: deployment.{name}.{key} is not text")
+    return Config(path, current, deployments)
+
+
+def check_base_url(url):
+    """Return *url* without its trailing slashes; raise UsageError where it is no usable base URL."""
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or not re.match(r"[!-~]+\Z", url) or "#" in url:
+        raise UsageError(f"not a base URL: {url!r}: it looks like https://api.xerotier.ai/PROJECT/v1")
+    if "@" in parts.netloc:
+        raise UsageError("a base URL holds no user or password: use --api-key")
+    if parts.query and not parts.path.endswith(CHAT_PATH):
+        raise UsageError(f"not a base URL: {url!r}: only an address that ends in {CHAT_PATH} "
+                         "may have a query")
+    return url if parts.query else url.rstrip("/")
+
+
+def endpoint_base(base_url, slug):
+    """Return the address of the endpoint *slug*, to which paths such as /models are appended."""
+    if "{endpoint}" in base_url:
+        base_url = base_url.replace("{endpoint}", slug)
+    elif base_url.split("?")[0].endswith(CHAT_PATH):
+        pass
+    elif base_url.endswith("/v1"):
+        base_url = f"{base_url[:-3]}/{slug}/v1"
+    else:
+        base_url = f"{base_url}/{slug}/v1"
+    return base_url
+
+
+def chat_url(base_url, slug):
+    """Return the address to which a chat completion for the endpoint *slug* is posted."""
+    base = endpoint_base(base_url, slug)
+    return base if base.split("?")[0].endswith(CHAT_PATH) else base + CHAT_PATH
+
+
+def origin(url):
+    """Return the scheme, host and port of *url* (RFC 6454): what a stored key is bound to."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def is_loopback(host):
+    """Tell whether *host* names this machine by its loopback interface."""
+    return host == "localhost" or host == "::1" or bool(re.match(r"127(\.\d+){3}\Z", host))
+
+
+def find_deployment(config, name):
+    """Return the table of deployment *name*, empty for None; raise UsageError where it is unknown."""
+    if name is None:
+        return {}
+    if name not in config.deployments:
+        known = ", ".join(sorted(config.deployments)) or "none"
+        raise UsageError(f"unknown context {name!r}: {config.path} has: {known}")
+    return config.deployments[name]
+
+
+def check_api_key(key):
+    """Return *key*; raise UsageError, not showing it, where it could not stand in a header."""
+    if not re.match(r"[!-~]*\Z", key):
+        raise UsageError("the API key has a space, a line end or another character that no key has")
+    return key
+
+
+def resolve_settings(options, environ, config):
+    """Return the Settings that *options*, then *environ*, then the Config *config* ask for."""
+    context = options.context or environ.get(ENV_CONTEXT) or config.current
+    deployment = find_deployment(config, context)
+    base_url = options.base_url or environ.get(ENV_BASE_URL) or deployment.get("base_url")
+    if not base_url:
+        raise UsageError(f"no base URL: give --base-url URL, set {ENV_BASE_URL}, or put base_url under "
+                         f"[deployment.NAME] in {config.path}; --demo needs none")
+    base_url = check_base_url(base_url)
+    api_key, notices = options.api_key or environ.get(ENV_API_KEY), []
+    if not api_key and deployment.get("api_key"):
+        stored = deployment.get("base_url")
+        if stored and origin(check_base_url(stored)) == origin(base_url):
+            api_key = deployment["api_key"]
+        else:
+            notices.append(f"the key of context {context} was stored for another server and is not sent")
+    elif not api_key and deployment.get("api_key_keychain"):
+        raise UsageError(f"the key of context {context} is in a keychain: set {ENV_API_KEY}")
+    scheme, host, _ = origin(base_url)
+    if api_key and scheme == "http" and not is_loopback(host):
+        notices.append(f"the API key goes to {host} over plain http, for all on the way to read")
+    output = options.output or deployment.get("output") or "text"
+    if output not in ("text", "table", "json"):
+        raise UsageError(f"{config.path}: deployment.{context}.output is not table or json: {output!r}")
+    return Settings(
+        endpoint=options.endpoint, base_url=base_url, api_key=check_api_key(api_key or "") or None,
+        output="json" if output == "json" else "text", timeout=options.timeout,
+        connect_timeout=options.connect_timeout, retries=options.retries, cacert=options.cacert,
+        notices=notices)
+
+
+# -- Requests ---------------------------------------------------------------------------------
+
+
+def build_body(model, messages, fields, stream):
+    """Return the body of a chat completion request: what the user set, and nothing else."""
+    body = {"model": model, "messages": messages, "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    body.update(fields)
+    return body
+
+
+def build_request(method, url, settings, body=None, headers=()):
+    """Return the Request that sends *body*, a JSON document or None, to *url*."""
+    streamed = bool(body and body.get("stream"))
+    accept = "text/event-stream" if streamed else "application/json"
+    common = [("Accept", accept), ("User-Agent", "xeroctl/" + __version__)]
+    data = None
+    if body is not None:
+        # UTF-8 as it stands, so that a lone surrogate cannot hide in an escape.
+        data = json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+        common.append(("Content-Type", "application/json"))
+    if settings.api_key:
+        common.append(("Authorization", "Bearer " + settings.api_key))
+    return Request(method, url, common + list(headers), data, streamed)
+
+
+def redacted_head(data):
+    """Return the lines of the head (and body) of a request, *data*, without its credentials."""
+    text = data.decode("utf-8", "replace").replace("\r\n", "\n").rstrip("\n")
+    return re.sub(r"(?im)^((?:proxy-)?authorization: *\w+) .*$", r"\1 ***", text).split("\n")
+
+
+def curl_line(request, settings):
+    """Return *request* as a curl command that is safe to paste: the key is a variable in it."""
+    from shlex import quote
+
+    words = ["curl", "-sSN" if request.streamed else "-sS", quote(request.url)]
+    if request.method not in ("GET", "POST"):
+        words += ["-X", request.method]
+    for name, value in request.headers:
+        if name == "Authorization":
+            words += ["-H", f'"Authorization: Bearer ${ENV_API_KEY}"']
+        else:
+            words += ["-H", quote(f"{name}: {value}")]
+    if settings.cacert:
+        words += ["--cacert", quote(settings.cacert)]
+    if request.body is not None:
+        words += ["--data-raw", quote(request.body.decode("utf-8"))]
+    return " ".join(words)
+
+
+# -- Event stream -----------------------------------------------------------------------------
+
+_LINE_END = re.compile(b"\r\n|\n|\r")
+
+
+class EventDecoder:
+    """Turn the bytes of an event stream, cut anywhere, into events (WHATWG HTML, 9.2.6)."""
+
+    def __init__(self):
+        self._unfinished = []  # the pieces of a line whose end has not come
+        self._after_cr = False  # the last chunk ended in CR: an LF that follows belongs to it
+        self._first_line = True
+        self._name = b""
+        self._data = []
+        self._size = 0  # bytes since the last event
+
+    def feed(self, chunk):
+        """Yield each event that *chunk* completes; raise ServerError where one has no end."""
+        if self._after_cr and chunk.startswith(b"\n"):
+            chunk = chunk[1:]
+        if not chunk:
+            return
+        self._after_cr = chunk.endswith(b"\r")
+        self._size += len(chunk)
+        if self._size > MAX_EVENT_BYTES:
+            raise ServerError(f"the stream has an event of over {MAX_EVENT_BYTES >> 20} MiB")
+        lines = _LINE_END.split(chunk)
+        self._unfinished.append(lines[0])
+        if len(lines) == 1:
+            return
+        lines[0] = b"".join(self._unfinished)
+        self._unfinished = [lines.pop()]
+        if self._first_line:
+            self._first_line = False
+            if lines[0].startswith(codecs.BOM_UTF8):
+                lines[0] = lines[0][3:]
+        for line in lines:
+            if line:
+                self._take(line)
+            else:
+                if self._data:
+                    yield Event(self._name.decode("utf-8", "replace") or "message",
+                                b"\n".join(self._data).decode("utf-8", "replace"))
+                self._name, self._data, self._size = b"", [], 0
+
+    def _take(self, line):
+        field, _, value = line.partition(b":")
+        if value.startswith(b" "):
+            value = value[1:]
+        if field == b"data":
+            self._data.append(value)
+        elif field == b"event":
+            self._name = value
+
+
+# -- Replies ----------------------------------------------------------------------------------
+
+
+def refuse_constant(name):
+    """Refuse NaN and the infinities, which Python's parser takes and JSON has not."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def finite(text):
+    """Return the number *text* if a float can hold it, so that it can be written again."""
+    number = float(text)
+    return number if abs(number) != float("inf") else refuse_constant(text)
+
+
+_JSON = json.JSONDecoder(parse_float=finite, parse_constant=refuse_constant)
+
+
+def parse_json(text):
+    """Return the document that *text* holds; raise ValueError where it is not JSON."""
+    try:
+        return _JSON.decode(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def whole_text(text):
+    """Return *text* with surrogate pairs joined and lone surrogates replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def field(document, name, kind):
+    """Return the field *name* of *document* if both are of the right shape, else None."""
+    value = document.get(name) if isinstance(document, dict) else None
+    return value if isinstance(value, kind) and not isinstance(value, bool) else None
+
+
+def content_text(message):
+    """Return the text of a message or delta: its content, else its refusal."""
+    content = field(message, "content", (str, list)) or field(message, "refusal", str) or ""
+    if isinstance(content, list):
+        content = "".join(field(part, "text", str) or "" for part in content)
+    return content
+
+
+def parse_usage(document):
+    """Return the Usage in a reply or chunk, None for each number the server did not send."""
+    usage = field(document, "usage", dict)
+    if usage is None:
+        return None
+    return Usage(field(usage, "prompt_tokens", int), field(usage, "completion_tokens", int),
+                 field(usage, "total_tokens", int),
+                 field(field(usage, "prompt_tokens_details", dict), "cached_tokens", int),
+                 field(field(usage, "completion_tokens_details", dict), "reasoning_tokens", int))
+
+
+class ReplyBuilder:
+    """Add up the chunks of a stream, or one whole reply, to a Reply.
+
+    It holds what arrived when the exchange fails or is interrupted in the middle.
+    """
+
+    def __init__(self):
+        self.begun = False  # a token came, be it of the answer or of the reasoning
+        self.finish_reason = None
+        self._text = bytearray()  # UTF-8: a list of 100,000 small strings would weigh 6 MB
+        self._id = self._model = self._usage = None
+        self._chunks = 0
+
+    def add(self, document):
+        """Take in one chunk or reply, of whatever shape, and return its Delta."""
+        self._id = field(document, "id", str) or self._id
+        self._model = field(document, "model", str) or self._model
+        self._usage = parse_usage(document) or self._usage
+        for choice in field(document, "choices", list) or ():
+            if isinstance(choice, dict) and choice.get("index") in (0, None):
+                break
+        else:
+            return Delta("", False)
+        self.finish_reason = field(choice, "finish_reason", str) or self.finish_reason
+        message = field(choice, "delta", dict) or field(choice, "message", dict)
+        text = content_text(message)
+        reasoning = bool(field(message, "reasoning_content", str) or field(message, "reasoning", str))
+        if text:
+            self._text += text.encode("utf-8", "surrogatepass")
+            self._chunks += 1
+        self.begun = self.begun or reasoning or bool(text)
+        return Delta(text, reasoning)
+
+    @property
+    def text(self):
+        """The text that arrived so far."""
+        return whole_text(self._text.decode("utf-8", "surrogatepass"))
+
+    def reply(self, seconds, first_token_seconds):
+        """Return what arrived as a Reply that took *seconds*."""
+        return Reply(self.text, self._id, self._model, self.finish_reason, self._usage,
+                     self._chunks, seconds, first_token_seconds)
+
+
+def event_document(event):
+    """Return the JSON document that *event* carries; raise ServerError where it is none.
+
+    An event named error is one whatever it carries, and becomes {"error": ...}.
+    """
+    try:
+        document = parse_json(event.data)
+    except ValueError as error:
+        if event.name != "error":
+            raise ServerError("the stream holds something that is not JSON") from error
+        document = event.data
+    if event.name == "error" and not field(document, "error", (str, dict)):
+        document = {"error": document or "no reason given"}
+    return document
+
+
+def error_sentence(document, depth=4):
+    """Return what an error *document* of any known shape says, or an empty text."""
+    if isinstance(document, str):
+        return document
+    if isinstance(document, list) and depth:
+        return "; ".join(filter(None, (error_sentence(item, depth - 1) for item in document)))
+    for name in ("error", "detail", "message", "msg", "title"):
+        if isinstance(document, dict) and document.get(name) and depth:
+            sentence = error_sentence(document[name], depth - 1)
+            where = field(document, "loc", list)  # FastAPI's: the path of the field it refuses
+            return ".".join(map(str, where)) + ": " + sentence if where else sentence
+    return ""
+
+
+def is_error(document):
+    """Tell whether a document that came with HTTP 200 is an error all the same."""
+    if not isinstance(document, dict):
+        return True
+    return bool(document.get("error")) or "choices" not in document and bool(
+        document.get("object") == "error" or document.get("detail")
+        or field(document, "message", str))
+
+
+def error_code(document, status):
+    """Return the server's code for an error, its type failing that, where it says more than *status*."""
+    details = field(document, "error", dict) or document
+    for name in ("code", "type"):
+        code = field(details, name, (str, int))
+        if code and str(code) != str(status):
+            return str(code)
+    return None
+
+
+def error_hint(status, key_sent):
+    """Return what to do about HTTP *status*, or an empty text where we do not know."""
+    if status == 401:
+        return "check the API key" if key_sent else f"set {ENV_API_KEY} or give --api-key"
+    return {
+        403: "this key may not do that: check its scopes",
+        404: "check --endpoint and the base URL",
+        407: "the proxy wants a user and password: put them into its URL",
+        429: "wait, or raise --retries",
+    }.get(status, "")
+
+
+def build_error(document, status, headers, key_sent):
+    """Return the error that *document* describes: parsed JSON, or text for anything else.
+
+    *status* is the HTTP status; for an error inside a stream it is 200, and the document's own
+    number, if it has one, takes its place.
+    """
+    details = field(document, "error", dict) or document
+    claimed = field(details, "code", int) or field(details, "status", int) or 0
+    effective = claimed if status == 200 and 400 <= claimed <= 599 else status
+    code = error_code(document, effective)
+    request_id = headers.get("X-Request-ID")
+    place = f"HTTP {status}" if status != 200 else "error in the reply"
+    named = ", ".join(filter(None, [code, request_id and "request " + request_id]))
+    sentence = " ".join(error_sentence(document).split())[:MAX_ERROR_CHARACTERS]
+    message = ": ".join(filter(None, [f"{place} ({named})" if named else place, sentence,
+                                      error_hint(effective, key_sent)]))
+    kind = {401: AuthError, 403: AuthError, 429: RateLimitError}.get(
+        effective, RefusedError if 400 <= effective <= 499 else ServerError)
+    return kind(message, None if status == 200 else status, code, request_id,
+                retryable=effective in (408, 409, 429) or 500 <= effective <= 599,
+                retry_after=retry_after_seconds(headers, details))
+
+
+def parse_error(data, status, headers, key_sent):
+    """Return the error that a response of HTTP *status* with the body *data* stands for."""
+    text = data.decode("utf-8", "replace").strip()
+    if 300 <= status <= 399:
+        target = headers.get("Location", "nowhere")
+        text = f"a redirect to {target}: redirects are not followed: use that address if you trust it"
+    try:
+        document = parse_json(text)
+    except ValueError:
+        document = "the answer is an HTML page" if text.startswith("<") else text
+    return build_error(document, status, headers, key_sent)
+
+
+def retry_after_seconds(headers, details):
+    """Return the seconds that a response asks us to wait (RFC 9110, 10.2.3), or None.
+
+    The date form counts from the response's own Date, so that our clock need not be right.
+    """
+    from email.utils import mktime_tz, parsedate_tz
+
+    value = headers.get("Retry-After") or ""
+    seconds = field(details, "retry_after", (int, float))
+    date, now = parsedate_tz(value), parsedate_tz(headers.get("Date") or "")
+    if re.match(r"\d{1,9}(\.\d+)?\Z", headers.get("Retry-After-Ms") or ""):
+        seconds = float(headers["Retry-After-Ms"]) / 1000
+    elif re.match(r"\d{1,9}(\.\d+)?\Z", value.strip()):
+        seconds = float(value)
+    elif date and now:
+        seconds = mktime_tz(date) - mktime_tz(now)
+    return max(0, seconds) if seconds is not None else None
+
+
+def retry_delay(attempt, retry_after, jitter):
+    """Return the seconds to wait before try number *attempt* + 1; *jitter* is from 0 to 1.
+
+    The server's word counts, up to a limit; else the wait doubles from half a second, less up to
+    a quarter of it, so that a crowd of clients does not come back at once.
+    """
+    if retry_after is None:
+        retry_after = 0.5 * 2 ** (attempt - 1) * (1 - jitter / 4)
+    return min(retry_after, MAX_RETRY_DELAY_SECONDS)
+
+
+# -- Text -------------------------------------------------------------------------------------
+
+# Control characters become their pictures (U+2400 and on), C1 ones a replacement; a carriage
+# return could overwrite what stands on the line, and is dropped.
+_VISIBLE = {code: 0x2400 + code for code in range(0x20)}
+_VISIBLE.update({code: 0xFFFD for code in range(0x80, 0xA0)})
+_VISIBLE.update({0x7F: 0x2421, ord("\r"): None, ord("\n"): "\n", ord("\t"): "\t"})
+
+
+def printable(text):
+    """Return *text* with nothing in it that drives a terminal."""
+    return text.translate(_VISIBLE)
+
+
+def decode_prompt(data, name):
+    """Return the text of the prompt *data*, which came from *name*, without line ends at its end.
+
+    It is UTF-8; a byte-order mark and CRLF are accepted.  Raise UsageError for anything else.
+    """
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8 text (at byte {error.start})") from error
+
+
+def finish_notice(reply):
+    """Return what the user must know about how *reply* ended, or None."""
+    return {
+        None: "the server gave no reason for the end: the answer may be incomplete",
+        "length": "the answer was cut at the token limit: see --max-tokens",
+        "content_filter": "the answer was cut by a content filter",
+        "tool_calls": "the model asked for a tool call: -o json shows it",
+    }.get(reply.finish_reason)
+
+
+def footer_line(reply):
+    """Return the throughput line of a streamed reply; a count of chunks, not tokens, is marked ~."""
+    tokens, mark = reply.chunks, "~"
+    if reply.usage and reply.usage.completion is not None:
+        tokens, mark = reply.usage.completion, ""
+    rate = tokens / max(reply.seconds, 1e-9)
+    return f"-- {mark}{tokens} tokens in {reply.seconds:.1f}s ({mark}{rate:.1f} tok/s)"
+
+
+def usage_fields(reply, streamed):
+    """Return the (name, value) pairs of what the server said about *reply*, leaving out the rest."""
+    usage = reply.usage or Usage(None, None, None, None, None)
+    pairs = [("prompt_tokens", usage.prompt), ("completion_tokens", usage.completion),
+             ("total_tokens", usage.total), ("cached_tokens", usage.cached),
+             ("reasoning_tokens", usage.reasoning)]
+    if streamed and reply.first_token_seconds is not None:
+        pairs.append(("first_token_seconds", round(reply.first_token_seconds, 3)))
+    if streamed:
+        pairs.append(("finish_reason", reply.finish_reason))
+    pairs.append(("id", reply.id))
+    return [(name, value) for name, value in pairs if value is not None]
+
+
+# -- Files ------------------------------------------------------------------------------------
+
+
+def config_path(environ):
+    """Return the path of the config file, which need not exist (XDG Base Directory)."""
+    folder = environ.get("XDG_CONFIG_HOME") or ""
+    if not os.path.isabs(folder):
+        folder = os.path.join(os.path.expanduser("~"), ".config")
+    return os.path.join(folder, "xeroctl", "config.toml")
+
+
+def read_file(path):
+    """Return the bytes of the file *path*; raise UsageError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+
+
+def read_config(path, notice):
+    """Return the Config in the file *path*, an empty one where there is none.
+
+    Call *notice* with a sentence where others than its owner can read it.
+    """
+    if not os.path.lexists(path):
+        return Config(path, None, {})
+    data = read_file(path)
+    if os.name == "posix" and os.stat(path).st_mode & 0o077:
+        notice(f"others can read {path}: chmod 600 it")
+    try:
+        return parse_config(data.decode("utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}: not UTF-8 (at line {line})") from error
+
+
+# -- Transport --------------------------------------------------------------------------------
+
+
+def find_proxy(url):
+    """Return the proxy that the environment names for *url*, or None; this machine needs none.
+
+    Raise UsageError for a proxy that does not speak plain HTTP.
+    """
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies, proxy_bypass
+
+    parts = urlsplit(url)
+    if is_loopback(parts.hostname) or proxy_bypass(parts.netloc):
+        return None
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy:
+        return None
+    proxy = urlsplit(proxy if "://" in proxy else "http://" + proxy)
+    if proxy.scheme != "http" or not proxy.hostname:
+        raise UsageError(f"cannot use the proxy {proxy.scheme}://{proxy.hostname}: "
+                         "only http:// proxies are supported")
+    return proxy
+
+
+def tls_context(cacert):
+    """Return the TLS context that trusts the file *cacert*, or the system's authorities for None."""
+    try:
+        import ssl
+    except ImportError as error:
+        raise NetworkError("this Python has no ssl module, which https needs") from error
+    try:
+        return ssl.create_default_context(cafile=cacert)
+    except OSError as error:
+        raise UsageError(f"cannot use {cacert} as CA certificates: {error.strerror or error}") from error
+
+
+def connect_error(error, place, seconds):
+    """Return the NetworkError for *error*, raised while connecting to *place*."""
+    import socket
+
+    # An SSLError has a reason; a certificate for another host is a ValueError before Python 3.7.
+    reason = getattr(error, "reason", None)
+    if isinstance(error, socket.timeout):
+        message = f"no connection to {place} within {seconds:g} s: see --connect-timeout"
+    elif isinstance(error, socket.gaierror):
+        message = f"unknown host: {place}: {error.strerror}"
+    elif isinstance(error, ConnectionRefusedError):
+        message = f"{place} refused the connection: is the server running?"
+    elif reason == "WRONG_VERSION_NUMBER":
+        message = f"no TLS at {place}: is it an http:// address?"
+    elif reason or "certificate" in str(error).lower():
+        message = (f"TLS with {place} failed: {getattr(error, 'verify_message', '') or error}: "
+                   "for an authority of your own give --cacert FILE or set SSL_CERT_FILE")
+    else:
+        message = f"cannot connect to {place}: {getattr(error, 'strerror', None) or error}"
+    return NetworkError(message, retryable=isinstance(error, ConnectionError))
+
+
+def exchange_error(error, place, seconds, begun):
+    """Return the error for *error*, raised by the connection to *place* once it stood.
+
+    *begun* says that some of the reply's body had come.
+    """
+    import http.client
+    import socket
+
+    if isinstance(error, socket.timeout):
+        return NetworkError(f"{place} sent nothing for {seconds:g} s: see --timeout")
+    broken = isinstance(error, ConnectionError)
+    if begun or isinstance(error, http.client.IncompleteRead):
+        return CutShortError(f"the reply was cut short: {place} closed the connection",
+                             retryable=broken)
+    if isinstance(error, http.client.HTTPException) and not broken:
+        return ServerError(f"{place} does not speak HTTP: {type(error).__name__}")
+    return NetworkError(f"{place} closed the connection without an answer", retryable=broken)
+
+
+class _Watched:
+    """Mixed into http.client's connections: two limits in time, and a trace of what is sent."""
+
+    def __init__(self, host, place, settings, trace, **options):
+        super().__init__(host, **options)
+        self._place, self._settings, self._trace = place, settings, trace
+
+    def connect(self):
+        try:
+            super().connect()
+        except (OSError, ValueError) as error:
+            raise connect_error(error, self._place, self.timeout) from error
+        self._trace(["* connected to " + self._place])
+        self.sock.settimeout(self._settings.timeout)
+
+    def send(self, data):
+        if self.sock is None:
+            self.connect()
+        self._trace(["> " + line for line in redacted_head(data)])
+        super().send(data)
+
+
+def send_request(request, settings, place, proxy, trace):
+    """Send *request* and return http.client's response to it, whatever its status."""
+    import base64
+    import http.client
+    import urllib.request
+    from urllib.parse import unquote
+
+    class Handler(urllib.request.AbstractHTTPHandler):
+        def http_open(self, outgoing):
+            class Connection(_Watched, http.client.HTTPConnection):
+                pass
+            return self.do_open(Connection, outgoing, place=place, settings=settings, trace=trace)
+
+        def https_open(self, outgoing):
+            context = tls_context(settings.cacert)
+
+            class Connection(_Watched, http.client.HTTPSConnection):
+                pass
+            return self.do_open(Connection, outgoing, place=place, settings=settings, trace=trace,
+                                context=context)
+
+        http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    # A director with this handler alone follows no redirect and raises for no status.
+    director = urllib.request.OpenerDirector()
+    director.add_handler(Handler())
+    outgoing = urllib.request.Request(request.url, request.body, dict(request.headers),
+                                      method=request.method)
+    if proxy:
+        outgoing.set_proxy(proxy.netloc.rpartition("@")[2], "http")
+        if proxy.username:
+            pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+            outgoing.add_header("Proxy-Authorization",
+                                "Basic " + base64.b64encode(pair.encode()).decode())
+    return director.open(outgoing, timeout=settings.connect_timeout)
+
+
+def inflated(chunks):
+    """Yield the bytes of the gzip or zlib stream *chunks*, as they become known."""
+    import zlib
+
+    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    try:
+        for chunk in chunks:
+            yield inflater.decompress(chunk)
+    except zlib.error as error:
+        raise ServerError("the reply is not in the encoding that it claims") from error
+
+
+def response_chunks(response, place, seconds):
+    """Yield the bytes of *response* as they arrive; raise where they end too early."""
+    import http.client
+
+    # read1 before Python 3.13 does not count what it reads, so that a length must be counted here.
+    missing, begun = response.length, False
+    while missing != 0:
+        try:
+            data = response.read1(min(missing or READ_BYTES, READ_BYTES))
+            if not data and missing:
+                raise http.client.IncompleteRead(b"")
+        except (OSError, http.client.HTTPException) as error:
+            raise exchange_error(error, place, seconds, begun) from error
+        if not data:
+            return
+        missing, begun = missing and missing - len(data), True
+        yield data
+
+
+@contextlib.contextmanager
+def open_response(request, settings, trace):
+    """Send *request*, yield the Response to it, and close the connection.
+
+    *trace* is called with lists of lines: the exchange, without credentials.  Raise NetworkError
+    where there is no response, ServerError where it is not HTTP; reading the chunks can raise
+    these too, and CutShortError.
+    """
+    import http.client
+    import urllib.error
+    from email.utils import formatdate
+    from urllib.parse import urlsplit
+
+    proxy = find_proxy(request.url)
+    place = "the proxy " + proxy.netloc.rpartition("@")[2] if proxy else urlsplit(request.url).netloc
+    try:
+        response = send_request(request, settings, place, proxy, trace)
+    except (OSError, http.client.HTTPException) as error:  # a URLError is an OSError around another
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise exchange_error(cause, place, settings.timeout, False) from error
+    with response:
+        version = {10: "1.0"}.get(response.version, "1.1")
+        trace([f"< HTTP/{version} {response.status} {response.reason}"]
+              + [f"< {name}: {value}" for name, value in response.headers.items()])
+        if "Date" not in response.headers:  # as RFC 9110, 6.6.1, wants it
+            response.headers["Date"] = formatdate()
+        chunks = response_chunks(response, place, settings.timeout)
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            chunks = inflated(chunks)
+        yield Response(response.status, response.headers, chunks)
+
+
+# -- Terminal ---------------------------------------------------------------------------------
+
+
+class Output:
+    """Standard output or standard error: UTF-8 for a pipe, what it can show for a terminal.
+
+    It writes through, so that nothing is left to flush when the reader has gone.
+    """
+
+    def __init__(self, stream, environ):
+        self._fd = stream.fileno() if stream else None
+        self.is_terminal = bool(stream) and stream.isatty()
+        self.styled = bool(self.is_terminal and not environ.get("NO_COLOR")
+                           and environ.get("TERM", "dumb") != "dumb")
+        self._encoding = stream.encoding if self.is_terminal else "utf-8"
+
+    def write(self, text, errors="replace"):
+        """Write *text* whole; raise OSError where that fails."""
+        data = text.encode(self._encoding, errors)
+        if self._fd is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        while data:
+            try:
+                data = data[os.write(self._fd, data):]
+            except BlockingIOError:  # another process made this pipe non-blocking
+                import select
+                select.select([], [self._fd], [])
+
+    def width(self):
+        """Return the columns of the terminal."""
+        try:
+            return os.get_terminal_size(self._fd).columns or 80
+        except OSError:
+            return 80
+
+    def in_foreground(self):
+        """Tell whether the terminal is ours to draw on: a background job leaves it alone."""
+        try:
+            return os.tcgetpgrp(self._fd) == os.getpgrp()
+        except (AttributeError, OSError):  # not POSIX, or not our controlling terminal
+            return True
+
+
+class Spinner:
+    """A line on a terminal that says what we wait for, and for how long, drawn by a thread.
+
+    Elsewhere it does nothing.  Stopping it joins the thread and erases the line, once.
+    """
+
+    def __init__(self, output, visible):
+        self._output = output
+        self._visible = visible
+        self._drawn = False
+        self._thread = None
+
+    def __enter__(self):
+        self._since = time.monotonic()
+        self.say("waiting")
+        if self._visible:
+            import threading
+            self._stopped = threading.Event()
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.stop()
+
+    def say(self, label, until=None):
+        """Show *label* with the seconds since the start, or those left *until* a monotonic time."""
+        self._line = label, until
+
+    def stop(self):
+        """Leave the line as it was."""
+        if self._thread:
+            self._stopped.set()
+            self._thread.join()
+            self._thread = None
+            if self._drawn:
+                self._draw("")
+
+    def _run(self):
+        for frame in itertools.cycle("|/-\\"):
+            if self._stopped.wait(0.1):
+                return
+            if self._output.in_foreground():
+                label, until = self._line
+                now = time.monotonic()
+                seconds = now - self._since if until is None else max(0, until - now)
+                self._drawn = True
+                self._draw(f"{frame} {label} {seconds:.0f}s"[:self._output.width() - 1])
+
+    def _draw(self, line):
+        with contextlib.suppress(OSError):
+            self._output.write(f"\r{line}\x1b[K")
+
+
+class Terminal:
+    """The process's three streams.  Whatever is written stops the spinner first."""
+
+    def __init__(self, stdin, stdout, stderr, environ):
+        self._stdin = stdin
+        self.out = Output(stdout, environ)
+        self.err = Output(stderr, environ)
+        self.json = self.quiet = self.verbose = False
+        self.secret = None  # never shown on stderr
+        self._spinner = None
+
+    def read_stdin(self, even_typed):
+        """Return all of standard input, typed at a terminal only if *even_typed*; else None."""
+        if self._stdin is None or self._stdin.isatty() and not even_typed:
+            return None
+        return self._stdin.buffer.read()
+
+    def spinner(self):
+        """Return a Spinner on stderr, for a with statement."""
+        self._spinner = Spinner(self.err, self.err.styled and not self.quiet)
+        return self._spinner
+
+    def answer(self, text, errors="replace"):
+        """Write *text* to stdout, nothing in it driving a terminal.
+
+        Raise BrokenPipeError where the reader has gone, OutputError for any other failure.
+        """
+        self._stop_spinner()
+        try:
+            self.out.write(printable(text) if self.out.is_terminal else text, errors)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(f"cannot write to stdout: {error.strerror}") from error
+
+    def say(self, line, dim=False):
+        """Write *line* to stderr; where that cannot be done there is nobody to tell."""
+        self._stop_spinner()
+        line = printable(" ".join(line.split("\n")))
+        if self.secret:
+            line = line.replace(self.secret, "***")
+        with contextlib.suppress(OSError):
+            self.err.write(f"\x1b[2m{line}\x1b[0m\n" if dim and self.err.styled else line + "\n")
+
+    def notice(self, sentence):
+        """Tell the user something that is no failure, unless asked to be quiet."""
+        if self.json and not self.quiet:
+            self.say(json.dumps({"kind": "notice", "message": sentence}))
+        elif not self.quiet:
+            self.say("xeroctl: note: " + sentence)
+
+    def error(self, error):
+        """Report the XeroctlError *error* in one line, with -o json as an object."""
+        if self.json:
+            self.say(json.dumps({
+                "kind": error.kind, "message": str(error), "status": error.status,
+                "code": error.code, "request_id": error.request_id,
+                "retryable": error.retryable, "retry_after": error.retry_after}))
+        else:
+            self.say(f"xeroctl: {error}")
+
+    def report(self, kind, pairs):
+        """Write the (name, value) *pairs* to stderr, a line each, with -o json as one object."""
+        if self.json:
+            self.say(json.dumps(dict([("kind", kind)] + pairs)))
+        else:
+            for name, value in pairs:
+                self.say(f"{name.replace('_', ' ')}: {value}", dim=True)
+
+    def trace(self, lines):
+        """Show *lines* of the HTTP exchange if asked to."""
+        for line in lines if self.verbose else ():
+            self.say(line, dim=True)
+
+    def _stop_spinner(self):
+        if self._spinner:
+            self._spinner.stop()
+            self._spinner = None
+
+
+# -- Rendering --------------------------------------------------------------------------------
+
+
+class TextRenderer:
+    """Show an answer as its text, as it comes."""
+
+    def __init__(self, terminal):
+        self._terminal = terminal
+        self._last = ""
+        self.begun = False
+
+    def show(self, document, text):
+        """Show the *text* of a chunk or reply."""
+        if text:
+            self._terminal.answer(text)
+            self._last, self.begun = text[-1], True
+
+    def finish(self):
+        """End the answer with one newline, its own or ours."""
+        if self._last != "\n":
+            self.show(None, "\n")
+
+
+class JsonRenderer:
+    """Show the server's own objects, a line each, or with *indent* for a reader."""
+
+    def __init__(self, terminal, indent):
+        self._terminal = terminal
+        separators = (",", ": ") if indent else (",", ":")
+        self._encode = json.JSONEncoder(ensure_ascii=False, indent=indent,
+                                        separators=separators).encode
+        self.begun = False
+
+    def show(self, document, text):
+        """Show the chunk or reply *document* with every field it has."""
+        try:
+            line = self._encode(document)
+        except RecursionError as error:
+            raise ServerError("the reply is nested too deeply to print") from error
+        self.begun = True
+        self._terminal.answer(line + "\n", "backslashreplace")  # a lone surrogate as its escape
+
+    def finish(self):
+        """Do nothing: each line has its end."""
+
+
+# -- Exchange ---------------------------------------------------------------------------------
+
+
+def read_body(chunks, limit):
+    """Return the bytes of *chunks*, no more than *limit*."""
+    data = bytearray()
+    for chunk in chunks:
+        data += chunk
+        if len(data) >= limit:
+            break
+    return bytes(data[:limit])
+
+
+def read_error_body(chunks):
+    """Return the first bytes of an error's body, as far as they came."""
+    data = bytearray()
+    with contextlib.suppress(XeroctlError):
+        for chunk in chunks:
+            data += chunk
+            if len(data) >= MAX_ERROR_BYTES:
+                break
+    return bytes(data[:MAX_ERROR_BYTES])
+
+
+def stream_documents(chunks):
+    """Yield each document of an event stream, up to its [DONE]; raise CutShortError without one."""
+    decoder = EventDecoder()
+    for chunk in chunks:
+        for event in decoder.feed(chunk):
+            data = event.data.strip()
+            if event.name == "message" and data == "[DONE]":
+                return
+            if event.name == "error" or event.name == "message" and data:
+                yield event_document(event)
+    raise CutShortError("the reply was cut short: the stream ended before its end")
+
+
+def whole_document(chunks):
+    """Yield the one document that *chunks* are; raise ServerError where they are not JSON."""
+    data = bytearray()
+    for chunk in chunks:
+        data += chunk
+        if len(data) > MAX_REPLY_BYTES:
+            raise ServerError(f"the reply is over {MAX_REPLY_BYTES >> 20} MiB")
+    try:
+        yield parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
+        what = "an HTML page" if data.lstrip().startswith(b"<") else "not JSON" if data else "empty"
+        raise ServerError(f"the reply is {what}: check the base URL") from error
+
+
+def documents(response, streamed):
+    """Yield each JSON document of *response*: the chunks of a stream, or the one that it is.
+
+    What a server calls it counts first, then whether we asked for a stream and it looks like one.
+    """
+    kind = response.headers.get("Content-Type", "").lower()
+    first = next(response.chunks, b"")
+    chunks = itertools.chain([first], response.chunks)
+    looks_whole = "json" in kind or first.lstrip()[:1] in (b"{", b"<")
+    if "event-stream" in kind or streamed and not looks_whole:
+        return stream_documents(chunks)
+    return whole_document(chunks)
+
+
+def exchange(request, settings, trace, renderer, builder, spinner):
+    """Send *request* once, show the answer as it comes, and return the Reply."""
+    sent, first_token_seconds = time.monotonic(), None
+    with open_response(request, settings, trace) as response:
+        if not 200 <= response.status <= 299:
+            raise parse_error(read_error_body(response.chunks), response.status, response.headers,
+                              bool(settings.api_key))
+        try:
+            for document in documents(response, request.streamed):
+                if is_error(document):
+                    raise build_error(document, 200, response.headers, bool(settings.api_key))
+                delta = builder.add(document)
+                if first_token_seconds is None and builder.begun:
+                    first_token_seconds = time.monotonic() - sent
+                if delta.reasoning:
+                    spinner.say("thinking")
+                renderer.show(document, delta.text)
+        except (CutShortError, NetworkError):
+            if not builder.finish_reason:  # with one the answer is whole, whatever came after
+                raise
+    if not builder.begun and not builder.finish_reason:
+        raise ServerError("the reply holds no answer")
+    renderer.finish()
+    return builder.reply(time.monotonic() - sent, first_token_seconds)
+
+
+def pause(error, seconds, terminal):
+    """Wait *seconds* before another try, and let the user see that we do, and why."""
+    if not terminal.err.styled:
+        terminal.notice(f"{error}: trying again in {seconds:.1f} s")
+    with terminal.spinner() as spinner:
+        reason = f"HTTP {error.status}" if error.status else "no connection"
+        spinner.say(reason + ", trying again in", time.monotonic() + seconds)
+        time.sleep(seconds)
+
+
+def ask(request, settings, terminal, renderer, builder):
+    """Send *request*, show the answer through *renderer* as it comes, and return the Reply.
+
+    What may be retried is, as long as no token came.  *builder* holds what arrived on a failure.
+    """
+    from random import random
+
+    for attempt in itertools.count(1):
+        try:
+            with terminal.spinner() as spinner:
+                return exchange(request, settings, terminal.trace, renderer, builder, spinner)
+        except XeroctlError as error:
+            begun = builder.begun or renderer.begun
+            if begun or not error.retryable or attempt > settings.retries:
+                raise
+            pause(error, retry_delay(attempt, error.retry_after, random()), terminal)
+        finally:
+            if renderer.begun:
+                renderer.finish()
+
+
+# -- Practice endpoint ------------------------------------------------------------------------
+
+PRACTICE_OPENINGS = ("Hello from the practice endpoint!", "The practice endpoint speaking.",
+                     "You have reached the practice endpoint.")
+PRACTICE_FIRST_TOKEN_SECONDS = 0.4
+PRACTICE_TOKEN_SECONDS = 0.02
+
+
+def practice_reply(body):
+    """Return the words that answer the request *body*, the reason for their end, and the usage."""
+    from random import Random
+
+    words = re.findall(r"\S+\s*", (
+        f"{Random(body.get('seed')).choice(PRACTICE_OPENINGS)} No model reads this: it runs inside "
+        f"xeroctl, for trying things out. You wrote: {body['messages'][-1]['content']}\n\n"
+        f"To talk to a real endpoint, put its key into {ENV_API_KEY} and run:\n"
+        "xeroctl chat --base-url https://api.xerotier.ai/PROJECT/v1 --endpoint SLUG -m Hello\n"))
+    prompt = sum(len(message["content"].split()) for message in body["messages"])
+    sent = words[:body.get("max_tokens", len(words))]
+    usage = {"prompt_tokens": prompt, "completion_tokens": len(sent),
+             "total_tokens": prompt + len(sent)}
+    return sent, "length" if len(sent) < len(words) else "stop", usage
+
+
+def practice_documents(body):
+    """Yield the documents that answer the request *body*: the chunks of a stream, or one reply."""
+    words, finish_reason, usage = practice_reply(body)
+    common = {"id": "chatcmpl-practice", "created": int(time.time()), "model": "practice",
+              "object": "chat.completion.chunk" if body["stream"] else "chat.completion"}
+    if body["stream"]:
+        for word in words:
+            yield dict(common, choices=[{"index": 0, "delta": {"content": word}}])
+        yield dict(common, choices=[{"index": 0, "delta": {}, "finish_reason": finish_reason}])
+        yield dict(common, choices=[], usage=usage)
+    else:
+        message = {"role": "assistant", "content": "".join(words)}
+        yield dict(common, usage=usage, choices=[
+            {"index": 0, "message": message, "finish_reason": finish_reason}])
+
+
+@contextlib.contextmanager
+def practice_endpoint():
+    """Serve a stand-in for an endpoint on a loopback port, and yield its base URL."""
+    import threading
+    from http.server import BaseHTTPRequestHandler
+    from socketserver import TCPServer, ThreadingMixIn
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            wait = threading.Event().wait
+            wait(PRACTICE_FIRST_TOKEN_SECONDS)
+            self.send_response(200)
+            kind = "text/event-stream" if body["stream"] else "application/json"
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            start, end = (b"data: ", b"\n\n") if body["stream"] else (b"", b"")
+            for document in practice_documents(body):
+                self.wfile.write(start + json.dumps(document).encode() + end)
+                wait(PRACTICE_TOKEN_SECONDS)
+            if body["stream"]:
+                self.wfile.write(b"data: [DONE]\n\n")
+
+        def log_message(self, *args):
+            pass
+
+    class Server(ThreadingMixIn, TCPServer):
+        daemon_threads = True
+
+        def handle_error(self, *args):  # the client went away
+            pass
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/practice/v1"
+        finally:
+            server.shutdown()
+
+
+# -- Commands ---------------------------------------------------------------------------------
+
+BODY_OPTIONS = ("max_tokens", "temperature", "top_p", "frequency_penalty", "presence_penalty",
+                "seed", "store")
+
+
+def system_prompt(options):
+    """Return the text of --from-file, else of --system, else None."""
+    if options.from_file:
+        return decode_prompt(read_file(options.from_file), options.from_file)
+    return options.system
+
+
+def first_message(options, terminal):
+    """Return the text of -m, or of standard input where -m asks for it or is not given.
+
+    With any other -m standard input is left alone, for the loop that we may run in.
+    """
+    text = options.message
+    if text in (None, "-"):
+        data = terminal.read_stdin(even_typed=text == "-")
+        if data is None:
+            raise UsageError("no message: give -m TEXT, or pipe one in")
+        text = decode_prompt(data, "standard input")
+    if not text.strip():
+        raise UsageError("the message is empty")
+    return text
+
+
+def build_chat_request(options, settings, messages, stream):
+    """Return the Request that asks for the completion of *messages*."""
+    fields = {name: getattr(options, name) for name in BODY_OPTIONS
+              if getattr(options, name) is not None}
+    fields.update(options.param)
+    body = build_body(options.model or settings.endpoint, messages, fields, stream)
+    targets = [("X-SLO-TTFT-Ms", options.slo_ttft), ("X-SLO-TPOT-Ms", options.slo_tpot)]
+    return build_request("POST", chat_url(settings.base_url, settings.endpoint), settings, body,
+                         [(name, str(value)) for name, value in targets if value is not None])
+
+
+def run_chat(options, settings, terminal):
+    """Ask one question and show the answer."""
+    if not settings.endpoint:
+        raise UsageError("no endpoint: give --endpoint SLUG")
+    system = system_prompt(options)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": first_message(options, terminal)})
+    request = build_chat_request(options, settings, messages, options.stream)
+    if options.dry_run:
+        terminal.answer(curl_line(request, settings) + "\n")
+        return EXIT_OK
+    if settings.output == "json":
+        renderer = JsonRenderer(terminal, indent=None if options.stream else 2)
+    else:
+        renderer = TextRenderer(terminal)
+    reply = ask(request, settings, terminal, renderer, ReplyBuilder())
+    notice = finish_notice(reply)
+    if notice:
+        terminal.notice(notice)
+    if options.stream and settings.output == "text" and not options.quiet:
+        terminal.say(footer_line(reply), dim=True)
+    if options.show_usage:
+        terminal.report("usage", usage_fields(reply, options.stream))
+    return EXIT_OK
+
+
+# -- Command line -----------------------------------------------------------------------------
+
+
+class Page(Exception):
+    """A page of text, help or version, that was asked for in place of a command."""
+
+
+class PageAction(argparse.Action):
+    """Raise the Page that is the option's const, or the parser's help."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise Page(self.const or parser.format_help())
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a wrong command line as a UsageError and takes no abbreviations."""
+
+    def __init__(self, **options):
+        super().__init__(add_help=False, allow_abbrev=False, **options)
+        self.color = False  # Python 3.14 would colour the help
+
+    def error(self, message):
+        raise UsageError(f"{message}: see {self.prog} --help")
+
+
+def plain(text):
+    """Return *text* if it is not empty and has no control characters (for argparse's type=)."""
+    if not text or printable(text) != text or "\n" in text:
+        raise argparse.ArgumentTypeError(f"empty, or with a control character in it: {text!r}")
+    return text
+
+
+def prompt(text):
+    """Return *text* with what was no UTF-8 in it replaced."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def path(text):
+    """Return the file name *text* as this Python's functions for files want it."""
+    return os.fsdecode(plain(text).encode("utf-8", "surrogateescape"))
+
+
+def slug(text):
+    """Return *text* if it is an endpoint's name, which cannot climb out of its place in a path."""
+    if not re.match(r"[A-Za-z0-9._-]+\Z", text) or not text.strip("."):
+        raise argparse.ArgumentTypeError(
+            f"an endpoint is named by letters, digits, '.', '_' and '-', not {text!r}")
+    return text
+
+
+def whole_number(low=None):
+    """Return a type= function for whole numbers of at least *low*."""
+    def parse(text):
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"not a whole number: {text!r}") from None
+        if low is not None and number < low:
+            raise argparse.ArgumentTypeError(f"not a whole number of at least {low}: {text!r}")
+        return number
+    return parse
+
+
+def number(low, high):
+    """Return a type= function for numbers from *low* to *high*."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:  # neither for nan
+            raise argparse.ArgumentTypeError(f"not a number from {low} to {high}: {text!r}")
+        return value
+    return parse
+
+
+def body_field(text):
+    """Return the (name, value) pair of NAME=VALUE, the value read as JSON where it is JSON."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"not NAME=VALUE: {text!r}")
+    if name in ("messages", "stream"):
+        raise argparse.ArgumentTypeError(f"{name} cannot be set this way")
+    try:
+        return plain(name), parse_json(value)
+    except ValueError:
+        return plain(name), prompt(value)
+
+
+def add_global_options(parser):
+    """Add the options that every command takes, before its name or after it."""
+    group = parser.add_argument_group("global options")
+
+    def add(*names, **options):
+        group.add_argument(*names, default=argparse.SUPPRESS, **options)
+
+    seconds = number(0.001, MAX_TIMEOUT_SECONDS)
+    add("--base-url", metavar="URL", type=plain,
+        help="address of the project, such as https://api.xerotier.ai/PROJECT/v1")
+    add("--api-key", metavar="KEY", type=plain,
+        help=f"API key; {ENV_API_KEY} keeps it out of the process list")
+    add("--context", metavar="NAME", type=plain, help="deployment of the config file to use")
+    add("-o", "--output", choices=("text", "json", "table"), help="form of the output (table: text)")
+    add("--connect-timeout", metavar="SECONDS", type=seconds,
+        help=f"limit for connecting (default: {DEFAULT_CONNECT_TIMEOUT_SECONDS})")
+    add("--timeout", metavar="SECONDS", type=seconds,
+        help=f"limit for silence once connected (default: {DEFAULT_TIMEOUT_SECONDS})")
+    add("--retries", metavar="N", type=whole_number(0),
+        help=f"tries after a first that failed for a while (default: {DEFAULT_RETRIES})")
+    add("--cacert", metavar="FILE", type=path, help="trust the authorities in this PEM file")
+    add("--dry-run", action="store_true", help="print the request as a curl command; send nothing")
+    add("-q", "--quiet", action="store_true", help="no spinner, notes or throughput line")
+    add("-v", "--verbose", action="store_true", help="show the HTTP exchange on stderr")
+    add("--version", action=PageAction, nargs=0, const=f"xeroctl {__version__}\n",
+        help="print the version and exit")
+    add("-h", "--help", action=PageAction, nargs=0, help="print this help and exit")
+
+
+def add_chat(commands):
+    """Add the command chat."""
+    parser = commands.add_parser("chat", help="ask an endpoint for a chat completion", description=(
+        "Send a message to an endpoint and print the answer."))
+    parser.set_defaults(run=run_chat)
+    add = parser.add_argument
+    add("--endpoint", metavar="SLUG", type=slug, help="endpoint to ask (required, but for --demo)")
+    add("-m", "--message", metavar="TEXT", type=prompt,
+        help="what to say; '-', or no -m, reads it from standard input")
+    add("--system", metavar="TEXT", type=prompt, help="system message")
+    add("--from-file", metavar="FILE", type=path, help="system message from a file; beats --system")
+    add("--model", metavar="NAME", type=plain, help="model name to send (default: the endpoint)")
+    add("--max-tokens", metavar="N", type=whole_number(1), help="limit for the answer, in tokens")
+    add("--temperature", metavar="X", type=number(0, 2), help="sampling temperature, 0 to 2")
+    add("--top-p", metavar="X", type=number(0, 1), help="nucleus sampling threshold, 0 to 1")
+    add("--frequency-penalty", metavar="X", type=number(-2, 2), help="-2 to 2")
+    add("--presence-penalty", metavar="X", type=number(-2, 2), help="-2 to 2")
+    add("--seed", metavar="N", type=whole_number(), help="seed for answers that can be repeated")
+    add("--param", metavar="NAME=VALUE", type=body_field, action="append", default=[],
+        help="any other field of the request body; VALUE is JSON, else text; may be repeated")
+    add("--slo-ttft", metavar="MS", type=whole_number(1), help="target time to the first token")
+    add("--slo-tpot", metavar="MS", type=whole_number(1), help="target time for each further token")
+    add("--stream", action="store_true", help="print the answer as it is generated")
+    add("--store", action="store_const", const=True, help="have the server keep the completion")
+    add("--show-usage", action="store_true", help="print token counts and the id on stderr")
+    add("--demo", action="store_true", help="talk to a practice endpoint inside this process")
+    add_global_options(parser)
+
+
+def build_parser():
+    """Return the parser of the whole command line."""
+    parser = Parser(prog="xeroctl", description="Chat with Xerotier endpoints.",
+                    epilog="xeroctl COMMAND --help tells more. Try: xeroctl chat --demo -m Hello")
+    parser.set_defaults(
+        command=None, base_url=None, api_key=None, context=None, output=None, cacert=None,
+        connect_timeout=DEFAULT_CONNECT_TIMEOUT_SECONDS, timeout=DEFAULT_TIMEOUT_SECONDS,
+        retries=DEFAULT_RETRIES, dry_run=False, quiet=False, verbose=False)
+    add_chat(parser.add_subparsers(dest="command", metavar="COMMAND", title="commands"))
+    add_global_options(parser)
+    return parser
+
+
+def asks_for_json(arguments):
+    """Tell whether a command line that cannot be parsed asks for JSON."""
+    return bool(re.search(r"(?:^|\0)(?:-o[\0=]?|--output[\0=])json(?:\0|$)", "\0".join(arguments)))
+
+
+@contextlib.contextmanager
+def settings_for(options, environ, terminal):
+    """Yield the Settings for *options*; with --demo they are those of a practice endpoint."""
+    if not getattr(options, "demo", False):
+        yield resolve_settings(options, environ, read_config(config_path(environ), terminal.notice))
+        return
+    if options.base_url or options.context:
+        raise UsageError("--demo brings its own endpoint: give no --base-url or --context with it")
+    with practice_endpoint() as base_url:
+        options.base_url, options.endpoint = base_url, options.endpoint or DEMO_ENDPOINT
+        yield resolve_settings(options, {}, Config("", None, {}))
+
+
+def run(arguments, terminal):
+    """Parse *arguments* and run their command; return its exit status."""
+    terminal.json = asks_for_json(arguments)
+    try:
+        options = build_parser().parse_args(arguments)
+    except Page as page:
+        terminal.answer(str(page))
+        return EXIT_OK
+    if not options.command:
+        raise UsageError("no command: see xeroctl --help")
+    terminal.quiet, terminal.verbose = options.quiet, options.verbose
+    with settings_for(options, os.environ, terminal) as settings:
+        terminal.json = settings.output == "json"
+        if settings.api_key and len(settings.api_key) >= MIN_REDACTED_CHARACTERS:
+            terminal.secret = settings.api_key
+        for notice in settings.notices:
+            terminal.notice(notice)
+        return options.run(options, settings, terminal)
+
+
+def terminate(number, frame):
+    """Turn a signal into an exception, so that nothing is left undone."""
+    raise Terminated(number)
+
+
+def end_by_signal(number):
+    """Die of signal *number*, so that a shell's loop around us ends too; else return its status."""
+    if os.name == "posix":
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    return 128 + number
+
+
+def main(argv=None):
+    """Run one command line and return its exit status."""
+    if argv is None:  # UTF-8 whatever the locale
+        argv = [os.fsencode(text).decode("utf-8", "surrogateescape") for text in sys.argv[1:]]
+    terminal = Terminal(sys.stdin, sys.stdout, sys.stderr, os.environ)
+    try:
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+                signal.signal(number, terminate)
+        return run(argv, terminal)
+    except XeroctlError as error:
+        terminal.error(error)
+        return error.exit_status
+    except BrokenPipeError:
+        return EXIT_CLOSED_STDOUT
+    except KeyboardInterrupt:
+        return end_by_signal(signal.SIGINT)
+    except Terminated as end:
+        return end_by_signal(end.number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
