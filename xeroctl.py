@@ -66,6 +66,7 @@ DEMO_ENDPOINT = "demo"
 
 MAX_RETRY_DELAY_SECONDS = 60
 MAX_TIMEOUT_SECONDS = 1000000
+MAX_NUMBER = 2 ** 63 - 1
 MAX_ERROR_BYTES = 64 * 1024
 MAX_ERROR_CHARACTERS = 500
 MAX_EVENT_BYTES = MAX_REPLY_BYTES = 64 * 1024 * 1024
@@ -76,81 +77,51 @@ CHAT_PATH = "/chat/completions"
 
 # -- Errors -----------------------------------------------------------------------------------
 
-
 class XeroctlError(Exception):
     """A failure that a user, a server or a network can cause, in one sentence.
 
     *status* is the HTTP status, *code* and *request_id* are the server's own words, *retry_after*
     is the seconds that the server asked us to wait.  Whoever raises it says if a retry may help.
     """
-
-    kind = "failure"
-    exit_status = EXIT_FAILURE
+    kind, exit_status = "failure", EXIT_FAILURE
 
     def __init__(self, message, status=None, code=None, request_id=None,
                  retryable=False, retry_after=None):
         super().__init__(message)
-        self.status = status
-        self.code = code
-        self.request_id = request_id
-        self.retryable = retryable
-        self.retry_after = retry_after
-
+        self.status, self.code, self.request_id = status, code, request_id
+        self.retryable, self.retry_after = retryable, retry_after
 
 class OutputError(XeroctlError):
-    """The answer could not be written."""
-
+    """Standard output could not be written."""
     kind = "output"
-
 
 class UsageError(XeroctlError):
     """The options, the environment or the config file are wrong; nothing was sent."""
-
-    kind = "usage"
-    exit_status = EXIT_USAGE
-
+    kind, exit_status = "usage", EXIT_USAGE
 
 class AuthError(XeroctlError):
     """The server did not accept the API key (HTTP 401 or 403)."""
-
-    kind = "auth"
-    exit_status = EXIT_AUTH
-
+    kind, exit_status = "auth", EXIT_AUTH
 
 class RefusedError(XeroctlError):
     """The server understood and refused the request (another HTTP 4xx)."""
-
-    kind = "refused"
-    exit_status = EXIT_REFUSED
-
+    kind, exit_status = "refused", EXIT_REFUSED
 
 class ServerError(XeroctlError):
     """The server failed (HTTP 5xx), or sent something that is no answer."""
-
-    kind = "server"
-    exit_status = EXIT_SERVER
-
+    kind, exit_status = "server", EXIT_SERVER
 
 class NetworkError(XeroctlError):
     """The server could not be reached, or fell silent."""
-
-    kind = "network"
-    exit_status = EXIT_NETWORK
-
+    kind, exit_status = "network", EXIT_NETWORK
 
 class RateLimitError(XeroctlError):
     """The server asked us to slow down (HTTP 429), once more than we retried."""
-
-    kind = "rate_limit"
-    exit_status = EXIT_RATE_LIMIT
-
+    kind, exit_status = "rate_limit", EXIT_RATE_LIMIT
 
 class CutShortError(XeroctlError):
     """The reply ended before its end; what came of it was shown."""
-
-    kind = "cut_short"
-    exit_status = EXIT_CUT_SHORT
-
+    kind, exit_status = "cut_short", EXIT_CUT_SHORT
 
 class Terminated(BaseException):
     """Signal *number* asked the process to end; it passes every handler of errors but main's."""
@@ -158,7 +129,6 @@ class Terminated(BaseException):
     def __init__(self, number):
         super().__init__(number)
         self.number = number
-
 
 # -- Records ----------------------------------------------------------------------------------
 
@@ -184,7 +154,6 @@ _TOML_PAIR = re.compile(r"\s*(%s)\s*=\s*(.*)$" % _TOML_KEYS)
 _TOML_VALUE = re.compile(
     r"""("(?!"")(?:[^"\\]|\\.)*"|'(?!'')[^']*'|true|false|[+-]?\d+(?:\.\d+)?)""" + _TOML_END)
 
-
 def toml_value(text):
     """Return the value that a TOML string, boolean or plain number stands for."""
     if text.startswith("'"):
@@ -193,12 +162,10 @@ def toml_value(text):
         return json.loads(text)
     return float(text) if "." in text else int(text)
 
-
 def toml_keys(text):
     """Return the parts of a dotted TOML key."""
     return [toml_value(part) if part[0] in "\"'" else part
             for part in re.findall(_TOML_KEY, text)]
-
 
 def parse_toml_subset(text):
     """Return the tables of a TOML text of strings, booleans and plain numbers.
@@ -229,7 +196,6 @@ def parse_toml_subset(text):
             raise ValueError("cannot read this (at line %d)" % number) from error
     return document
 
-
 def parse_config(text, path):
     """Return the Config that the TOML *text* of the file *path* describes.
 
@@ -259,7 +225,6 @@ def parse_config(text, path):
                 raise UsageError(f"{path}: deployment.{name}.{key} is not text")
     return Config(path, current, deployments)
 
-
 def check_base_url(url):
     """Return *url* without its trailing slashes; raise UsageError where it is no usable base URL."""
     from urllib.parse import urlsplit
@@ -278,7 +243,6 @@ def check_base_url(url):
                          "may have a query")
     return url if parts.query else url.rstrip("/")
 
-
 def endpoint_base(base_url, slug):
     """Return the address of the endpoint *slug*, to which paths such as /models are appended."""
     if "{endpoint}" in base_url:
@@ -291,12 +255,10 @@ def endpoint_base(base_url, slug):
         base_url = f"{base_url}/{slug}/v1"
     return base_url
 
-
 def chat_url(base_url, slug):
     """Return the address to which a chat completion for the endpoint *slug* is posted."""
     base = endpoint_base(base_url, slug)
     return base if base.split("?")[0].endswith(CHAT_PATH) else base + CHAT_PATH
-
 
 def origin(url):
     """Return the scheme, host and port of *url* (RFC 6454): what a stored key is bound to."""
@@ -305,11 +267,9 @@ def origin(url):
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
-
 def is_loopback(host):
     """Tell whether *host* names this machine by its loopback interface."""
     return host == "localhost" or host == "::1" or bool(re.match(r"127(\.\d+){3}\Z", host))
-
 
 def find_deployment(config, name):
     """Return the table of deployment *name*, empty for None; raise UsageError where it is unknown."""
@@ -320,13 +280,11 @@ def find_deployment(config, name):
         raise UsageError(f"unknown context {name!r}: {config.path} has: {known}")
     return config.deployments[name]
 
-
 def check_api_key(key):
     """Return *key*; raise UsageError, not showing it, where it could not stand in a header."""
     if not re.match(r"[!-~]*\Z", key):
         raise UsageError("the API key has a space, a line end or another character that no key has")
     return key
-
 
 def resolve_settings(options, environ, config):
     """Return the Settings that *options*, then *environ*, then the Config *config* ask for."""
@@ -358,9 +316,7 @@ def resolve_settings(options, environ, config):
         connect_timeout=options.connect_timeout, retries=options.retries, cacert=options.cacert,
         notices=notices)
 
-
 # -- Requests ---------------------------------------------------------------------------------
-
 
 def build_body(model, messages, fields, stream):
     """Return the body of a chat completion request: what the user set, and nothing else."""
@@ -369,7 +325,6 @@ def build_body(model, messages, fields, stream):
         body["stream_options"] = {"include_usage": True}
     body.update(fields)
     return body
-
 
 def build_request(method, url, settings, body=None, headers=()):
     """Return the Request that sends *body*, a JSON document or None, to *url*."""
@@ -385,12 +340,10 @@ def build_request(method, url, settings, body=None, headers=()):
         common.append(("Authorization", "Bearer " + settings.api_key))
     return Request(method, url, common + list(headers), data, streamed)
 
-
 def redacted_head(data):
     """Return the lines of the head (and body) of a request, *data*, without its credentials."""
     text = data.decode("utf-8", "replace").replace("\r\n", "\n").rstrip("\n")
     return re.sub(r"(?im)^((?:proxy-)?authorization: *\w+) .*$", r"\1 ***", text).split("\n")
-
 
 def curl_line(request, settings):
     """Return *request* as a curl command that is safe to paste: the key is a variable in it."""
@@ -410,11 +363,9 @@ def curl_line(request, settings):
         words += ["--data-raw", quote(request.body.decode("utf-8"))]
     return " ".join(words)
 
-
 # -- Event stream -----------------------------------------------------------------------------
 
 _LINE_END = re.compile(b"\r\n|\n|\r")
-
 
 class EventDecoder:
     """Turn the bytes of an event stream, cut anywhere, into events (WHATWG HTML, 9.2.6)."""
@@ -465,23 +416,16 @@ class EventDecoder:
         elif field == b"event":
             self._name = value
 
-
 # -- Replies ----------------------------------------------------------------------------------
 
-
-def refuse_constant(name):
-    """Refuse NaN and the infinities, which Python's parser takes and JSON has not."""
-    raise ValueError(f"{name} is not JSON")
-
-
 def finite(text):
-    """Return the number *text* if a float can hold it, so that it can be written again."""
+    """Return the number *text*; refuse NaN and infinities, which JSON has not and Python reads."""
     number = float(text)
-    return number if abs(number) != float("inf") else refuse_constant(text)
+    if number - number != 0:
+        raise ValueError(f"{text} is not JSON")
+    return number
 
-
-_JSON = json.JSONDecoder(parse_float=finite, parse_constant=refuse_constant)
-
+_JSON = json.JSONDecoder(parse_float=finite, parse_constant=finite)
 
 def parse_json(text):
     """Return the document that *text* holds; raise ValueError where it is not JSON."""
@@ -490,17 +434,14 @@ def parse_json(text):
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
-
 def whole_text(text):
     """Return *text* with surrogate pairs joined and lone surrogates replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
 
 def field(document, name, kind):
     """Return the field *name* of *document* if both are of the right shape, else None."""
     value = document.get(name) if isinstance(document, dict) else None
     return value if isinstance(value, kind) and not isinstance(value, bool) else None
-
 
 def content_text(message):
     """Return the text of a message or delta: its content, else its refusal."""
@@ -508,7 +449,6 @@ def content_text(message):
     if isinstance(content, list):
         content = "".join(field(part, "text", str) or "" for part in content)
     return content
-
 
 def parse_usage(document):
     """Return the Usage in a reply or chunk, None for each number the server did not send."""
@@ -519,7 +459,6 @@ def parse_usage(document):
                  field(usage, "total_tokens", int),
                  field(field(usage, "prompt_tokens_details", dict), "cached_tokens", int),
                  field(field(usage, "completion_tokens_details", dict), "reasoning_tokens", int))
-
 
 class ReplyBuilder:
     """Add up the chunks of a stream, or one whole reply, to a Reply.
@@ -564,7 +503,6 @@ class ReplyBuilder:
         return Reply(self.text, self._id, self._model, self.finish_reason, self._usage,
                      self._chunks, seconds, first_token_seconds)
 
-
 def event_document(event):
     """Return the JSON document that *event* carries; raise ServerError where it is none.
 
@@ -580,7 +518,6 @@ def event_document(event):
         document = {"error": document or "no reason given"}
     return document
 
-
 def error_sentence(document, depth=4):
     """Return what an error *document* of any known shape says, or an empty text."""
     if isinstance(document, str):
@@ -594,7 +531,6 @@ def error_sentence(document, depth=4):
             return ".".join(map(str, where)) + ": " + sentence if where else sentence
     return ""
 
-
 def is_error(document):
     """Tell whether a document that came with HTTP 200 is an error all the same."""
     if not isinstance(document, dict):
@@ -602,7 +538,6 @@ def is_error(document):
     return bool(document.get("error")) or "choices" not in document and bool(
         document.get("object") == "error" or document.get("detail")
         or field(document, "message", str))
-
 
 def error_code(document, status):
     """Return the server's code for an error, its type failing that, where it says more than *status*."""
@@ -613,18 +548,13 @@ def error_code(document, status):
             return str(code)
     return None
 
-
-def error_hint(status, key_sent):
-    """Return what to do about HTTP *status*, or an empty text where we do not know."""
-    if status == 401:
-        return "check the API key" if key_sent else f"set {ENV_API_KEY} or give --api-key"
-    return {
-        403: "this key may not do that: check its scopes",
-        404: "check --endpoint and the base URL",
-        407: "the proxy wants a user and password: put them into its URL",
-        429: "wait, or raise --retries",
-    }.get(status, "")
-
+_HINTS = {
+    401: "check the API key",
+    403: "this key may not do that: check its scopes",
+    404: "check --endpoint and the base URL",
+    407: "the proxy wants a user and password: put them into its URL",
+    429: "wait, or raise --retries",
+}
 
 def build_error(document, status, headers, key_sent):
     """Return the error that *document* describes: parsed JSON, or text for anything else.
@@ -640,14 +570,15 @@ def build_error(document, status, headers, key_sent):
     place = f"HTTP {status}" if status != 200 else "error in the reply"
     named = ", ".join(filter(None, [code, request_id and "request " + request_id]))
     sentence = " ".join(error_sentence(document).split())[:MAX_ERROR_CHARACTERS]
-    message = ": ".join(filter(None, [f"{place} ({named})" if named else place, sentence,
-                                      error_hint(effective, key_sent)]))
+    hint = _HINTS.get(effective)
+    if effective == 401 and not key_sent:
+        hint = f"set {ENV_API_KEY} or give --api-key"
+    message = ": ".join(filter(None, [f"{place} ({named})" if named else place, sentence, hint]))
     kind = {401: AuthError, 403: AuthError, 429: RateLimitError}.get(
         effective, RefusedError if 400 <= effective <= 499 else ServerError)
     return kind(message, None if status == 200 else status, code, request_id,
                 retryable=effective in (408, 409, 429) or 500 <= effective <= 599,
                 retry_after=retry_after_seconds(headers, details))
-
 
 def parse_error(data, status, headers, key_sent):
     """Return the error that a response of HTTP *status* with the body *data* stands for."""
@@ -660,7 +591,6 @@ def parse_error(data, status, headers, key_sent):
     except ValueError:
         document = "the answer is an HTML page" if text.startswith("<") else text
     return build_error(document, status, headers, key_sent)
-
 
 def retry_after_seconds(headers, details):
     """Return the seconds that a response asks us to wait (RFC 9110, 10.2.3), or None.
@@ -680,7 +610,6 @@ def retry_after_seconds(headers, details):
         seconds = mktime_tz(date) - mktime_tz(now)
     return max(0, seconds) if seconds is not None else None
 
-
 def retry_delay(attempt, retry_after, jitter):
     """Return the seconds to wait before try number *attempt* + 1; *jitter* is from 0 to 1.
 
@@ -691,7 +620,6 @@ def retry_delay(attempt, retry_after, jitter):
         retry_after = 0.5 * 2 ** (attempt - 1) * (1 - jitter / 4)
     return min(retry_after, MAX_RETRY_DELAY_SECONDS)
 
-
 # -- Text -------------------------------------------------------------------------------------
 
 # Control characters become their pictures (U+2400 and on), C1 ones a replacement; a carriage
@@ -700,11 +628,9 @@ _VISIBLE = {code: 0x2400 + code for code in range(0x20)}
 _VISIBLE.update({code: 0xFFFD for code in range(0x80, 0xA0)})
 _VISIBLE.update({0x7F: 0x2421, ord("\r"): None, ord("\n"): "\n", ord("\t"): "\t"})
 
-
 def printable(text):
     """Return *text* with nothing in it that drives a terminal."""
     return text.translate(_VISIBLE)
-
 
 def decode_prompt(data, name):
     """Return the text of the prompt *data*, which came from *name*, without line ends at its end.
@@ -716,7 +642,6 @@ def decode_prompt(data, name):
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8 text (at byte {error.start})") from error
 
-
 def finish_notice(reply):
     """Return what the user must know about how *reply* ended, or None."""
     return {
@@ -726,7 +651,6 @@ def finish_notice(reply):
         "tool_calls": "the model asked for a tool call: -o json shows it",
     }.get(reply.finish_reason)
 
-
 def footer_line(reply):
     """Return the throughput line of a streamed reply; a count of chunks, not tokens, is marked ~."""
     tokens, mark = reply.chunks, "~"
@@ -734,7 +658,6 @@ def footer_line(reply):
         tokens, mark = reply.usage.completion, ""
     rate = tokens / max(reply.seconds, 1e-9)
     return f"-- {mark}{tokens} tokens in {reply.seconds:.1f}s ({mark}{rate:.1f} tok/s)"
-
 
 def usage_fields(reply, streamed):
     """Return the (name, value) pairs of what the server said about *reply*, leaving out the rest."""
@@ -749,9 +672,7 @@ def usage_fields(reply, streamed):
     pairs.append(("id", reply.id))
     return [(name, value) for name, value in pairs if value is not None]
 
-
 # -- Files ------------------------------------------------------------------------------------
-
 
 def config_path(environ):
     """Return the path of the config file, which need not exist (XDG Base Directory)."""
@@ -760,7 +681,6 @@ def config_path(environ):
         folder = os.path.join(os.path.expanduser("~"), ".config")
     return os.path.join(folder, "xeroctl", "config.toml")
 
-
 def read_file(path):
     """Return the bytes of the file *path*; raise UsageError where it cannot be read."""
     try:
@@ -768,7 +688,6 @@ def read_file(path):
             return file.read()
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
-
 
 def read_config(path, notice):
     """Return the Config in the file *path*, an empty one where there is none.
@@ -786,9 +705,7 @@ def read_config(path, notice):
         line = data.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{path}: not UTF-8 (at line {line})") from error
 
-
 # -- Transport --------------------------------------------------------------------------------
-
 
 def find_proxy(url):
     """Return the proxy that the environment names for *url*, or None; this machine needs none.
@@ -811,7 +728,6 @@ def find_proxy(url):
                          "only http:// proxies are supported")
     return proxy
 
-
 def tls_context(cacert):
     """Return the TLS context that trusts the file *cacert*, or the system's authorities for None."""
     try:
@@ -822,7 +738,6 @@ def tls_context(cacert):
         return ssl.create_default_context(cafile=cacert)
     except OSError as error:
         raise UsageError(f"cannot use {cacert} as CA certificates: {error.strerror or error}") from error
-
 
 def connect_error(error, place, seconds):
     """Return the NetworkError for *error*, raised while connecting to *place*."""
@@ -845,7 +760,6 @@ def connect_error(error, place, seconds):
         message = f"cannot connect to {place}: {getattr(error, 'strerror', None) or error}"
     return NetworkError(message, retryable=isinstance(error, ConnectionError))
 
-
 def exchange_error(error, place, seconds, begun):
     """Return the error for *error*, raised by the connection to *place* once it stood.
 
@@ -863,7 +777,6 @@ def exchange_error(error, place, seconds, begun):
     if isinstance(error, http.client.HTTPException) and not broken:
         return ServerError(f"{place} does not speak HTTP: {type(error).__name__}")
     return NetworkError(f"{place} closed the connection without an answer", retryable=broken)
-
 
 class _Watched:
     """Mixed into http.client's connections: two limits in time, and a trace of what is sent."""
@@ -886,7 +799,6 @@ class _Watched:
         self._trace(["> " + line for line in redacted_head(data)])
         super().send(data)
 
-
 def send_request(request, settings, place, proxy, trace):
     """Send *request* and return http.client's response to it, whatever its status."""
     import base64
@@ -894,19 +806,17 @@ def send_request(request, settings, place, proxy, trace):
     import urllib.request
     from urllib.parse import unquote
 
+    watched = {"place": place, "settings": settings, "trace": trace}
+
     class Handler(urllib.request.AbstractHTTPHandler):
         def http_open(self, outgoing):
-            class Connection(_Watched, http.client.HTTPConnection):
-                pass
-            return self.do_open(Connection, outgoing, place=place, settings=settings, trace=trace)
+            connection = type("Connection", (_Watched, http.client.HTTPConnection), {})
+            return self.do_open(connection, outgoing, **watched)
 
         def https_open(self, outgoing):
-            context = tls_context(settings.cacert)
-
-            class Connection(_Watched, http.client.HTTPSConnection):
-                pass
-            return self.do_open(Connection, outgoing, place=place, settings=settings, trace=trace,
-                                context=context)
+            context = tls_context(settings.cacert)  # first: without ssl there is no such connection
+            connection = type("Connection", (_Watched, http.client.HTTPSConnection), {})
+            return self.do_open(connection, outgoing, context=context, **watched)
 
         http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
@@ -923,7 +833,6 @@ def send_request(request, settings, place, proxy, trace):
                                 "Basic " + base64.b64encode(pair.encode()).decode())
     return director.open(outgoing, timeout=settings.connect_timeout)
 
-
 def inflated(chunks):
     """Yield the bytes of the gzip or zlib stream *chunks*, as they become known."""
     import zlib
@@ -934,7 +843,6 @@ def inflated(chunks):
             yield inflater.decompress(chunk)
     except zlib.error as error:
         raise ServerError("the reply is not in the encoding that it claims") from error
-
 
 def response_chunks(response, place, seconds):
     """Yield the bytes of *response* as they arrive; raise where they end too early."""
@@ -953,7 +861,6 @@ def response_chunks(response, place, seconds):
             return
         missing, begun = missing and missing - len(data), True
         yield data
-
 
 @contextlib.contextmanager
 def open_response(request, settings, trace):
@@ -986,9 +893,7 @@ def open_response(request, settings, trace):
             chunks = inflated(chunks)
         yield Response(response.status, response.headers, chunks)
 
-
 # -- Terminal ---------------------------------------------------------------------------------
-
 
 class Output:
     """Standard output or standard error: UTF-8 for a pipe, what it can show for a terminal.
@@ -1028,7 +933,6 @@ class Output:
             return os.tcgetpgrp(self._fd) == os.getpgrp()
         except (AttributeError, OSError):  # not POSIX, or not our controlling terminal
             return True
-
 
 class Spinner:
     """A line on a terminal that says what we wait for, and for how long, drawn by a thread.
@@ -1082,7 +986,6 @@ class Spinner:
     def _draw(self, line):
         with contextlib.suppress(OSError):
             self._output.write(f"\r{line}\x1b[K")
-
 
 class Terminal:
     """The process's three streams.  Whatever is written stops the spinner first."""
@@ -1138,10 +1041,7 @@ class Terminal:
     def error(self, error):
         """Report the XeroctlError *error* in one line, with -o json as an object."""
         if self.json:
-            self.say(json.dumps({
-                "kind": error.kind, "message": str(error), "status": error.status,
-                "code": error.code, "request_id": error.request_id,
-                "retryable": error.retryable, "retry_after": error.retry_after}))
+            self.say(json.dumps(dict(kind=error.kind, message=str(error), **vars(error))))
         else:
             self.say(f"xeroctl: {error}")
 
@@ -1163,9 +1063,7 @@ class Terminal:
             self._spinner.stop()
             self._spinner = None
 
-
 # -- Rendering --------------------------------------------------------------------------------
-
 
 class TextRenderer:
     """Show an answer as its text, as it comes."""
@@ -1185,7 +1083,6 @@ class TextRenderer:
         """End the answer with one newline, its own or ours."""
         if self._last != "\n":
             self.show(None, "\n")
-
 
 class JsonRenderer:
     """Show the server's own objects, a line each, or with *indent* for a reader."""
@@ -1209,9 +1106,7 @@ class JsonRenderer:
     def finish(self):
         """Do nothing: each line has its end."""
 
-
 # -- Exchange ---------------------------------------------------------------------------------
-
 
 def read_body(chunks, limit):
     """Return the bytes of *chunks*, no more than *limit*."""
@@ -1222,7 +1117,6 @@ def read_body(chunks, limit):
             break
     return bytes(data[:limit])
 
-
 def read_error_body(chunks):
     """Return the first bytes of an error's body, as far as they came."""
     data = bytearray()
@@ -1232,7 +1126,6 @@ def read_error_body(chunks):
             if len(data) >= MAX_ERROR_BYTES:
                 break
     return bytes(data[:MAX_ERROR_BYTES])
-
 
 def stream_documents(chunks):
     """Yield each document of an event stream, up to its [DONE]; raise CutShortError without one."""
@@ -1245,7 +1138,6 @@ def stream_documents(chunks):
             if event.name == "error" or event.name == "message" and data:
                 yield event_document(event)
     raise CutShortError("the reply was cut short: the stream ended before its end")
-
 
 def whole_document(chunks):
     """Yield the one document that *chunks* are; raise ServerError where they are not JSON."""
@@ -1260,7 +1152,6 @@ def whole_document(chunks):
         what = "an HTML page" if data.lstrip().startswith(b"<") else "not JSON" if data else "empty"
         raise ServerError(f"the reply is {what}: check the base URL") from error
 
-
 def documents(response, streamed):
     """Yield each JSON document of *response*: the chunks of a stream, or the one that it is.
 
@@ -1273,7 +1164,6 @@ def documents(response, streamed):
     if "event-stream" in kind or streamed and not looks_whole:
         return stream_documents(chunks)
     return whole_document(chunks)
-
 
 def exchange(request, settings, trace, renderer, builder, spinner):
     """Send *request* once, show the answer as it comes, and return the Reply."""
@@ -1300,7 +1190,6 @@ def exchange(request, settings, trace, renderer, builder, spinner):
     renderer.finish()
     return builder.reply(time.monotonic() - sent, first_token_seconds)
 
-
 def pause(error, seconds, terminal):
     """Wait *seconds* before another try, and let the user see that we do, and why."""
     if not terminal.err.styled:
@@ -1309,7 +1198,6 @@ def pause(error, seconds, terminal):
         reason = f"HTTP {error.status}" if error.status else "no connection"
         spinner.say(reason + ", trying again in", time.monotonic() + seconds)
         time.sleep(seconds)
-
 
 def ask(request, settings, terminal, renderer, builder):
     """Send *request*, show the answer through *renderer* as it comes, and return the Reply.
@@ -1331,14 +1219,12 @@ def ask(request, settings, terminal, renderer, builder):
             if renderer.begun:
                 renderer.finish()
 
-
 # -- Practice endpoint ------------------------------------------------------------------------
 
 PRACTICE_OPENINGS = ("Hello from the practice endpoint!", "The practice endpoint speaking.",
                      "You have reached the practice endpoint.")
 PRACTICE_FIRST_TOKEN_SECONDS = 0.4
 PRACTICE_TOKEN_SECONDS = 0.02
-
 
 def practice_reply(body):
     """Return the words that answer the request *body*, the reason for their end, and the usage."""
@@ -1355,7 +1241,6 @@ def practice_reply(body):
              "total_tokens": prompt + len(sent)}
     return sent, "length" if len(sent) < len(words) else "stop", usage
 
-
 def practice_documents(body):
     """Yield the documents that answer the request *body*: the chunks of a stream, or one reply."""
     words, finish_reason, usage = practice_reply(body)
@@ -1370,7 +1255,6 @@ def practice_documents(body):
         message = {"role": "assistant", "content": "".join(words)}
         yield dict(common, usage=usage, choices=[
             {"index": 0, "message": message, "finish_reason": finish_reason}])
-
 
 @contextlib.contextmanager
 def practice_endpoint():
@@ -1411,19 +1295,16 @@ def practice_endpoint():
         finally:
             server.shutdown()
 
-
 # -- Commands ---------------------------------------------------------------------------------
 
 BODY_OPTIONS = ("max_tokens", "temperature", "top_p", "frequency_penalty", "presence_penalty",
                 "seed", "store")
-
 
 def system_prompt(options):
     """Return the text of --from-file, else of --system, else None."""
     if options.from_file:
         return decode_prompt(read_file(options.from_file), options.from_file)
     return options.system
-
 
 def first_message(options, terminal):
     """Return the text of -m, or of standard input where -m asks for it or is not given.
@@ -1440,7 +1321,6 @@ def first_message(options, terminal):
         raise UsageError("the message is empty")
     return text
 
-
 def build_chat_request(options, settings, messages, stream):
     """Return the Request that asks for the completion of *messages*."""
     fields = {name: getattr(options, name) for name in BODY_OPTIONS
@@ -1450,7 +1330,6 @@ def build_chat_request(options, settings, messages, stream):
     targets = [("X-SLO-TTFT-Ms", options.slo_ttft), ("X-SLO-TPOT-Ms", options.slo_tpot)]
     return build_request("POST", chat_url(settings.base_url, settings.endpoint), settings, body,
                          [(name, str(value)) for name, value in targets if value is not None])
-
 
 def run_chat(options, settings, terminal):
     """Ask one question and show the answer."""
@@ -1477,20 +1356,16 @@ def run_chat(options, settings, terminal):
         terminal.report("usage", usage_fields(reply, options.stream))
     return EXIT_OK
 
-
 # -- Command line -----------------------------------------------------------------------------
-
 
 class Page(Exception):
     """A page of text, help or version, that was asked for in place of a command."""
-
 
 class PageAction(argparse.Action):
     """Raise the Page that is the option's const, or the parser's help."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         raise Page(self.const or parser.format_help())
-
 
 class Parser(argparse.ArgumentParser):
     """A parser that reports a wrong command line as a UsageError and takes no abbreviations."""
@@ -1502,23 +1377,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UsageError(f"{message}: see {self.prog} --help")
 
-
 def plain(text):
     """Return *text* if it is not empty and has no control characters (for argparse's type=)."""
     if not text or printable(text) != text or "\n" in text:
         raise argparse.ArgumentTypeError(f"empty, or with a control character in it: {text!r}")
     return text
 
-
 def prompt(text):
     """Return *text* with what was no UTF-8 in it replaced."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
-
 def path(text):
     """Return the file name *text* as this Python's functions for files want it."""
     return os.fsdecode(plain(text).encode("utf-8", "surrogateescape"))
-
 
 def slug(text):
     """Return *text* if it is an endpoint's name, which cannot climb out of its place in a path."""
@@ -1527,32 +1398,19 @@ def slug(text):
             f"an endpoint is named by letters, digits, '.', '_' and '-', not {text!r}")
     return text
 
-
-def whole_number(low=None):
-    """Return a type= function for whole numbers of at least *low*."""
+def number(low, high, convert=float):
+    """Return a type= function for numbers from *low* to *high*, whole ones if *convert* is int."""
     def parse(text):
         try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"not a whole number: {text!r}") from None
-        if low is not None and number < low:
-            raise argparse.ArgumentTypeError(f"not a whole number of at least {low}: {text!r}")
-        return number
-    return parse
-
-
-def number(low, high):
-    """Return a type= function for numbers from *low* to *high*."""
-    def parse(text):
-        try:
-            value = float(text)
+            value = convert(text)
         except ValueError:
             value = float("nan")
-        if not low <= value <= high:  # neither for nan
-            raise argparse.ArgumentTypeError(f"not a number from {low} to {high}: {text!r}")
+        if not low <= value <= high:  # nan is neither
+            kind = "number" if convert is float else "whole number"
+            limits = f"from {low} to {high}" if high < MAX_NUMBER else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"not a {kind} {limits}: {text!r}")
         return value
     return parse
-
 
 def body_field(text):
     """Return the (name, value) pair of NAME=VALUE, the value read as JSON where it is JSON."""
@@ -1565,7 +1423,6 @@ def body_field(text):
         return plain(name), parse_json(value)
     except ValueError:
         return plain(name), prompt(value)
-
 
 def add_global_options(parser):
     """Add the options that every command takes, before its name or after it."""
@@ -1585,7 +1442,7 @@ def add_global_options(parser):
         help=f"limit for connecting (default: {DEFAULT_CONNECT_TIMEOUT_SECONDS})")
     add("--timeout", metavar="SECONDS", type=seconds,
         help=f"limit for silence once connected (default: {DEFAULT_TIMEOUT_SECONDS})")
-    add("--retries", metavar="N", type=whole_number(0),
+    add("--retries", metavar="N", type=number(0, 1000, int),
         help=f"tries after a first that failed for a while (default: {DEFAULT_RETRIES})")
     add("--cacert", metavar="FILE", type=path, help="trust the authorities in this PEM file")
     add("--dry-run", action="store_true", help="print the request as a curl command; send nothing")
@@ -1594,7 +1451,6 @@ def add_global_options(parser):
     add("--version", action=PageAction, nargs=0, const=f"xeroctl {__version__}\n",
         help="print the version and exit")
     add("-h", "--help", action=PageAction, nargs=0, help="print this help and exit")
-
 
 def add_chat(commands):
     """Add the command chat."""
@@ -1608,22 +1464,21 @@ def add_chat(commands):
     add("--system", metavar="TEXT", type=prompt, help="system message")
     add("--from-file", metavar="FILE", type=path, help="system message from a file; beats --system")
     add("--model", metavar="NAME", type=plain, help="model name to send (default: the endpoint)")
-    add("--max-tokens", metavar="N", type=whole_number(1), help="limit for the answer, in tokens")
+    add("--max-tokens", metavar="N", type=number(1, MAX_NUMBER, int), help="limit for the answer, in tokens")
     add("--temperature", metavar="X", type=number(0, 2), help="sampling temperature, 0 to 2")
     add("--top-p", metavar="X", type=number(0, 1), help="nucleus sampling threshold, 0 to 1")
     add("--frequency-penalty", metavar="X", type=number(-2, 2), help="-2 to 2")
     add("--presence-penalty", metavar="X", type=number(-2, 2), help="-2 to 2")
-    add("--seed", metavar="N", type=whole_number(), help="seed for answers that can be repeated")
+    add("--seed", metavar="N", type=number(-MAX_NUMBER, MAX_NUMBER, int), help="seed for answers that can be repeated")
     add("--param", metavar="NAME=VALUE", type=body_field, action="append", default=[],
         help="any other field of the request body; VALUE is JSON, else text; may be repeated")
-    add("--slo-ttft", metavar="MS", type=whole_number(1), help="target time to the first token")
-    add("--slo-tpot", metavar="MS", type=whole_number(1), help="target time for each further token")
+    add("--slo-ttft", metavar="MS", type=number(1, MAX_NUMBER, int), help="target time to the first token")
+    add("--slo-tpot", metavar="MS", type=number(1, MAX_NUMBER, int), help="target time for each further token")
     add("--stream", action="store_true", help="print the answer as it is generated")
     add("--store", action="store_const", const=True, help="have the server keep the completion")
     add("--show-usage", action="store_true", help="print token counts and the id on stderr")
     add("--demo", action="store_true", help="talk to a practice endpoint inside this process")
     add_global_options(parser)
-
 
 def build_parser():
     """Return the parser of the whole command line."""
@@ -1637,11 +1492,9 @@ def build_parser():
     add_global_options(parser)
     return parser
 
-
 def asks_for_json(arguments):
     """Tell whether a command line that cannot be parsed asks for JSON."""
     return bool(re.search(r"(?:^|\0)(?:-o[\0=]?|--output[\0=])json(?:\0|$)", "\0".join(arguments)))
-
 
 @contextlib.contextmanager
 def settings_for(options, environ, terminal):
@@ -1654,7 +1507,6 @@ def settings_for(options, environ, terminal):
     with practice_endpoint() as base_url:
         options.base_url, options.endpoint = base_url, options.endpoint or DEMO_ENDPOINT
         yield resolve_settings(options, {}, Config("", None, {}))
-
 
 def run(arguments, terminal):
     """Parse *arguments* and run their command; return its exit status."""
@@ -1675,11 +1527,9 @@ def run(arguments, terminal):
             terminal.notice(notice)
         return options.run(options, settings, terminal)
 
-
 def terminate(number, frame):
     """Turn a signal into an exception, so that nothing is left undone."""
     raise Terminated(number)
-
 
 def end_by_signal(number):
     """Die of signal *number*, so that a shell's loop around us ends too; else return its status."""
@@ -1687,7 +1537,6 @@ def end_by_signal(number):
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     return 128 + number
-
 
 def main(argv=None):
     """Run one command line and return its exit status."""
@@ -1709,7 +1558,6 @@ def main(argv=None):
         return end_by_signal(signal.SIGINT)
     except Terminated as end:
         return end_by_signal(end.number)
-
 
 if __name__ == "__main__":
     sys.exit(main())

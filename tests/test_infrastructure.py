@@ -229,14 +229,14 @@ def test_the_terminal_is_the_controlling_one_of_that_size(terminal):
 def test_expect_consumes_through_the_match(terminal):
     child = terminal(interpreter_options=code("print('id=1 id=22.')"))
     assert [child.expect(re.compile(r"id=(\d+)[ .]")).group(1) for _ in range(2)] == [b"1", b"22"]
-    with pytest.raises(AssertionError, match="'id' did not come before the output ended; seen so far:\nterminal: b'id=1"):
+    with pytest.raises(AssertionError, match="'id' did not come before the output ended; seen so far:\nterminal: b'id"):
         child.expect("id")
 
 
 def test_expect_has_a_deadline_and_shows_what_it_saw(terminal):
     child = terminal(interpreter_options=code("print(input('name? '))"))
     child.expect("name? ")
-    with pytest.raises(AssertionError, match=re.escape("'Ann' did not come within 0.01 s; seen so far:\nterminal: b'na")):
+    with pytest.raises(AssertionError, match="'Ann' did not come within 0.01 s; seen so far:\nterminal: b'name"):
         child.expect("Ann", timeout=0.01)
     child.send("Bob\n")
     child.expect("Bob\r\nBob\r\n")
@@ -246,10 +246,10 @@ def test_expect_has_a_deadline_and_shows_what_it_saw(terminal):
 def test_keys_resizing_and_signals_reach_the_child(terminal):
     child = terminal(interpreter_options=code(
         "import os, signal",
-        "signal.signal(signal.SIGWINCH, lambda *_: print(os.get_terminal_size().columns))",
-        "signal.signal(signal.SIGUSR1, lambda *_: print('usr1'))",
+        "signal.signal(signal.SIGWINCH, lambda *_: os.write(1, b'%d' % os.get_terminal_size().columns))",
+        "signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'usr1'))",
         "signal.signal(signal.SIGINT, signal.SIG_DFL)",
-        "print('ready')",
+        "os.write(1, b'ready')",
         "while True: signal.pause()",
     ))
     child.expect("ready")
