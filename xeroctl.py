@@ -74,6 +74,7 @@ READ_BYTES = 64 * 1024
 MIN_REDACTED_CHARACTERS = 8
 
 CHAT_PATH = "/chat/completions"
+DEPLOYMENT_KEYS = ("base_url", "api_key", "api_key_keychain", "output")
 
 # -- Errors -----------------------------------------------------------------------------------
 
@@ -156,16 +157,11 @@ _TOML_VALUE = re.compile(
 
 def toml_value(text):
     """Return the value that a TOML string, boolean or plain number stands for."""
-    if text.startswith("'"):
-        return text[1:-1]
-    if text.startswith('"') or text in ("true", "false"):
-        return json.loads(text)
-    return float(text) if "." in text else int(text)
+    return text[1:-1] if text.startswith("'") else json.loads(text.lstrip("+"))
 
 def toml_keys(text):
     """Return the parts of a dotted TOML key."""
-    return [toml_value(part) if part[0] in "\"'" else part
-            for part in re.findall(_TOML_KEY, text)]
+    return [toml_value(key) if key[0] in "\"'" else key for key in re.findall(_TOML_KEY, text)]
 
 def parse_toml_subset(text):
     """Return the tables of a TOML text of strings, booleans and plain numbers.
@@ -211,19 +207,16 @@ def parse_config(text, path):
         document = parse_toml(text.replace("\r\n", "\n"))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: broken TOML: {error}") from error
-    current = document.get("current")
     deployments = document.get("deployment", {})
-    if not isinstance(current, (str, type(None))):
-        raise UsageError(f"{path}: current is not text")
-    if not isinstance(deployments, dict):
-        raise UsageError(f"{path}: deployment is not a table")
-    for name, deployment in deployments.items():
-        if not isinstance(deployment, dict):
-            raise UsageError(f"{path}: deployment.{name} is not a table")
-        for key in ("base_url", "api_key", "api_key_keychain", "output"):
-            if not isinstance(deployment.get(key, ""), str):
-                raise UsageError(f"{path}: deployment.{name}.{key} is not text")
-    return Config(path, current, deployments)
+    shapes = [("current", document.get("current", ""), str), ("deployment", deployments, dict)]
+    for name, deployment in deployments.items() if isinstance(deployments, dict) else ():
+        shapes.append((f"deployment.{name}", deployment, dict))
+        for key in DEPLOYMENT_KEYS if isinstance(deployment, dict) else ():
+            shapes.append((f"deployment.{name}.{key}", deployment.get(key, ""), str))
+    for name, value, kind in shapes:
+        if not isinstance(value, kind):
+            raise UsageError(f"{path}: {name} is not {'text' if kind is str else 'a table'}")
+    return Config(path, document.get("current"), deployments)
 
 def check_base_url(url):
     """Return *url* without its trailing slashes; raise UsageError where it is no usable base URL."""
@@ -246,14 +239,11 @@ def check_base_url(url):
 def endpoint_base(base_url, slug):
     """Return the address of the endpoint *slug*, to which paths such as /models are appended."""
     if "{endpoint}" in base_url:
-        base_url = base_url.replace("{endpoint}", slug)
-    elif base_url.split("?")[0].endswith(CHAT_PATH):
-        pass
-    elif base_url.endswith("/v1"):
-        base_url = f"{base_url[:-3]}/{slug}/v1"
-    else:
-        base_url = f"{base_url}/{slug}/v1"
-    return base_url
+        return base_url.replace("{endpoint}", slug)
+    if base_url.split("?")[0].endswith(CHAT_PATH):
+        return base_url
+    project = base_url[:-3] if base_url.endswith("/v1") else base_url
+    return f"{project}/{slug}/v1"
 
 def chat_url(base_url, slug):
     """Return the address to which a chat completion for the endpoint *slug* is posted."""
