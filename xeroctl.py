@@ -16,13 +16,15 @@ The file reads bottom-up: a room uses only the rooms above it, and data flows on
     Requests           bodies, headers, addresses, the same request as a curl line    (pure)
     Event stream       bytes cut anywhere made into events                            (pure)
     Replies            deltas made into a Reply, error bodies into one sentence       (pure)
+    Conversation       the messages of a chat, and the document that keeps them       (pure)
     Text               what is printed, and what a terminal must not be sent          (pure)
-    Files              reading the config file and prompts
+    Files              the config file, prompts, history, files that are private
     Transport          connections, TLS, proxies, and the bytes of a response
     Terminal           the three streams, notices, the spinner
     Rendering          an answer as text or as JSON
     Exchange           one question, its retries and its answer
     Practice endpoint  the server behind --demo
+    Chat               the line editor, slash commands, the loop of --interactive
     Commands           one run_* function a command
     Command line       the parser, and main
 """
@@ -62,6 +64,7 @@ ENV_CONTEXT = "XEROTIER_CONTEXT"
 DEFAULT_CONNECT_TIMEOUT_SECONDS = 10
 DEFAULT_TIMEOUT_SECONDS = 300
 DEFAULT_RETRIES = 2
+DEFAULT_INTERACTIVE_MAX_TOKENS = 4096
 DEMO_ENDPOINT = "demo"
 
 MAX_RETRY_DELAY_SECONDS = 60
@@ -71,9 +74,14 @@ MAX_ERROR_BYTES = 64 * 1024
 MAX_ERROR_CHARACTERS = 500
 MAX_EVENT_BYTES = MAX_REPLY_BYTES = 64 * 1024 * 1024
 READ_BYTES = 64 * 1024
+MAX_HISTORY_ENTRIES = 1000
 MIN_REDACTED_CHARACTERS = 8
 
+ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
+BODY_OPTIONS = ("max_tokens", "temperature", "top_p", "frequency_penalty", "presence_penalty",
+                "seed", "store")
 CHAT_PATH = "/chat/completions"
+CONVERSATION_FORMAT, CONVERSATION_VERSION = "xeroctl-conversation", 1
 DEPLOYMENT_KEYS = ("base_url", "api_key", "api_key_keychain", "output")
 
 # -- Errors -----------------------------------------------------------------------------------
@@ -144,6 +152,8 @@ Delta = namedtuple("Delta", "text reasoning")
 Usage = namedtuple("Usage", "prompt completion total cached reasoning")
 Reply = namedtuple("Reply", "text id model finish_reason usage chunks seconds first_token_seconds")
 Response = namedtuple("Response", "status headers chunks")
+Totals = namedtuple("Totals", "prompt completion exact")
+ChatCommand = namedtuple("ChatCommand", "name argument run summary")
 
 # -- Settings ---------------------------------------------------------------------------------
 
@@ -219,7 +229,7 @@ def parse_config(text, path):
     return Config(path, document.get("current"), deployments)
 
 def check_base_url(url):
-    """Return *url* without its trailing slashes; raise UsageError where it is no usable base URL."""
+    """Return *url* without trailing slashes; raise UsageError where it is no usable base URL."""
     from urllib.parse import urlsplit
 
     try:
@@ -228,7 +238,7 @@ def check_base_url(url):
     except ValueError:
         usable = False
     if not usable or not re.match(r"[!-~]+\Z", url) or "#" in url:
-        raise UsageError(f"not a base URL: {url!r}: it looks like https://api.xerotier.ai/PROJECT/v1")
+        raise UsageError(f"not a base URL: {url!r}: one is https://api.xerotier.ai/PROJECT/v1")
     if "@" in parts.netloc:
         raise UsageError("a base URL holds no user or password: use --api-key")
     if parts.query and not parts.path.endswith(CHAT_PATH):
@@ -262,7 +272,7 @@ def is_loopback(host):
     return host == "localhost" or host == "::1" or bool(re.match(r"127(\.\d+){3}\Z", host))
 
 def find_deployment(config, name):
-    """Return the table of deployment *name*, empty for None; raise UsageError where it is unknown."""
+    """Return the table of deployment *name*, empty for None; raise UsageError if unknown."""
     if name is None:
         return {}
     if name not in config.deployments:
@@ -282,8 +292,8 @@ def resolve_settings(options, environ, config):
     deployment = find_deployment(config, context)
     base_url = options.base_url or environ.get(ENV_BASE_URL) or deployment.get("base_url")
     if not base_url:
-        raise UsageError(f"no base URL: give --base-url URL, set {ENV_BASE_URL}, or put base_url under "
-                         f"[deployment.NAME] in {config.path}; --demo needs none")
+        raise UsageError(f"no base URL: give --base-url URL, set {ENV_BASE_URL}, or put base_url "
+                         f"under [deployment.NAME] in {config.path}; --demo needs none")
     base_url = check_base_url(base_url)
     api_key, notices = options.api_key or environ.get(ENV_API_KEY), []
     if not api_key and deployment.get("api_key"):
@@ -291,7 +301,7 @@ def resolve_settings(options, environ, config):
         if stored and origin(check_base_url(stored)) == origin(base_url):
             api_key = deployment["api_key"]
         else:
-            notices.append(f"the key of context {context} was stored for another server and is not sent")
+            notices.append(f"the key of context {context} is for another server and is not sent")
     elif not api_key and deployment.get("api_key_keychain"):
         raise UsageError(f"the key of context {context} is in a keychain: set {ENV_API_KEY}")
     scheme, host, _ = origin(base_url)
@@ -299,7 +309,7 @@ def resolve_settings(options, environ, config):
         notices.append(f"the API key goes to {host} over plain http, for all on the way to read")
     output = options.output or deployment.get("output") or "text"
     if output not in ("text", "table", "json"):
-        raise UsageError(f"{config.path}: deployment.{context}.output is not table or json: {output!r}")
+        raise UsageError(f"{config.path}: deployment.{context}.output is not table or json")
     return Settings(
         endpoint=options.endpoint, base_url=base_url, api_key=check_api_key(api_key or "") or None,
         output="json" if output == "json" else "text", timeout=options.timeout,
@@ -329,6 +339,20 @@ def build_request(method, url, settings, body=None, headers=()):
     if settings.api_key:
         common.append(("Authorization", "Bearer " + settings.api_key))
     return Request(method, url, common + list(headers), data, streamed)
+
+def build_chat_request(options, settings, messages, stream):
+    """Return the Request that asks for the completion of *messages*."""
+    fields = {name: getattr(options, name) for name in BODY_OPTIONS
+              if getattr(options, name) is not None}
+    fields.update(options.param)
+    body = build_body(options.model or settings.endpoint, messages, fields, stream)
+    targets = [("X-SLO-TTFT-Ms", options.slo_ttft), ("X-SLO-TPOT-Ms", options.slo_tpot)]
+    return build_request("POST", chat_url(settings.base_url, settings.endpoint), settings, body,
+                         [(name, str(value)) for name, value in targets if value is not None])
+
+def redacted(text, api_key):
+    """Return *text* without the key, unless that is too short to be told from other words."""
+    return text.replace(api_key, "***") if len(api_key or "") >= MIN_REDACTED_CHARACTERS else text
 
 def redacted_head(data):
     """Return the lines of the head (and body) of a request, *data*, without its credentials."""
@@ -460,14 +484,14 @@ class ReplyBuilder:
         self.begun = False  # a token came, be it of the answer or of the reasoning
         self.finish_reason = None
         self._text = bytearray()  # UTF-8: a list of 100,000 small strings would weigh 6 MB
-        self._id = self._model = self._usage = None
-        self._chunks = 0
+        self.id = self.model = self.usage = None
+        self.chunks = 0
 
     def add(self, document):
         """Take in one chunk or reply, of whatever shape, and return its Delta."""
-        self._id = field(document, "id", str) or self._id
-        self._model = field(document, "model", str) or self._model
-        self._usage = parse_usage(document) or self._usage
+        self.id = field(document, "id", str) or self.id
+        self.model = field(document, "model", str) or self.model
+        self.usage = parse_usage(document) or self.usage
         for choice in field(document, "choices", list) or ():
             if isinstance(choice, dict) and choice.get("index") in (0, None):
                 break
@@ -476,10 +500,11 @@ class ReplyBuilder:
         self.finish_reason = field(choice, "finish_reason", str) or self.finish_reason
         message = field(choice, "delta", dict) or field(choice, "message", dict)
         text = content_text(message)
-        reasoning = bool(field(message, "reasoning_content", str) or field(message, "reasoning", str))
+        reasoning = bool(field(message, "reasoning_content", str)
+                         or field(message, "reasoning", str))
         if text:
             self._text += text.encode("utf-8", "surrogatepass")
-            self._chunks += 1
+            self.chunks += 1
         self.begun = self.begun or reasoning or bool(text)
         return Delta(text, reasoning)
 
@@ -490,8 +515,8 @@ class ReplyBuilder:
 
     def reply(self, seconds, first_token_seconds):
         """Return what arrived as a Reply that took *seconds*."""
-        return Reply(self.text, self._id, self._model, self.finish_reason, self._usage,
-                     self._chunks, seconds, first_token_seconds)
+        return Reply(self.text, self.id, self.model, self.finish_reason, self.usage,
+                     self.chunks, seconds, first_token_seconds)
 
 def event_document(event):
     """Return the JSON document that *event* carries; raise ServerError where it is none.
@@ -530,57 +555,13 @@ def is_error(document):
         or field(document, "message", str))
 
 def error_code(document, status):
-    """Return the server's code for an error, its type failing that, where it says more than *status*."""
+    """Return the server's code for an error, else its type, where it says more than *status*."""
     details = field(document, "error", dict) or document
     for name in ("code", "type"):
         code = field(details, name, (str, int))
         if code and str(code) != str(status):
             return str(code)
     return None
-
-_HINTS = {
-    401: "check the API key",
-    403: "this key may not do that: check its scopes",
-    404: "check --endpoint and the base URL",
-    407: "the proxy wants a user and password: put them into its URL",
-    429: "wait, or raise --retries",
-}
-
-def build_error(document, status, headers, key_sent):
-    """Return the error that *document* describes: parsed JSON, or text for anything else.
-
-    *status* is the HTTP status; for an error inside a stream it is 200, and the document's own
-    number, if it has one, takes its place.
-    """
-    details = field(document, "error", dict) or document
-    claimed = field(details, "code", int) or field(details, "status", int) or 0
-    effective = claimed if status == 200 and 400 <= claimed <= 599 else status
-    code = error_code(document, effective)
-    request_id = headers.get("X-Request-ID")
-    place = f"HTTP {status}" if status != 200 else "error in the reply"
-    named = ", ".join(filter(None, [code, request_id and "request " + request_id]))
-    sentence = " ".join(error_sentence(document).split())[:MAX_ERROR_CHARACTERS]
-    hint = _HINTS.get(effective)
-    if effective == 401 and not key_sent:
-        hint = f"set {ENV_API_KEY} or give --api-key"
-    message = ": ".join(filter(None, [f"{place} ({named})" if named else place, sentence, hint]))
-    kind = {401: AuthError, 403: AuthError, 429: RateLimitError}.get(
-        effective, RefusedError if 400 <= effective <= 499 else ServerError)
-    return kind(message, None if status == 200 else status, code, request_id,
-                retryable=effective in (408, 409, 429) or 500 <= effective <= 599,
-                retry_after=retry_after_seconds(headers, details))
-
-def parse_error(data, status, headers, key_sent):
-    """Return the error that a response of HTTP *status* with the body *data* stands for."""
-    text = data.decode("utf-8", "replace").strip()
-    if 300 <= status <= 399:
-        target = headers.get("Location", "nowhere")
-        text = f"a redirect to {target}: redirects are not followed: use that address if you trust it"
-    try:
-        document = parse_json(text)
-    except ValueError:
-        document = "the answer is an HTML page" if text.startswith("<") else text
-    return build_error(document, status, headers, key_sent)
 
 def retry_after_seconds(headers, details):
     """Return the seconds that a response asks us to wait (RFC 9110, 10.2.3), or None.
@@ -600,6 +581,50 @@ def retry_after_seconds(headers, details):
         seconds = mktime_tz(date) - mktime_tz(now)
     return max(0, seconds) if seconds is not None else None
 
+_HINTS = {
+    401: "check the API key",
+    403: "this key may not do that: check its scopes",
+    404: "check --endpoint and the base URL",
+    407: "the proxy wants a user and password: put them into its URL",
+    429: "wait, or raise --retries",
+}
+
+def build_error(document, status, headers, api_key):
+    """Return the error that *document* describes: parsed JSON, or text for anything else.
+
+    *status* is the HTTP status; for an error inside a stream it is 200, and the document's own
+    number, if it has one, takes its place.  *api_key* was sent, and is not to be repeated.
+    """
+    details = field(document, "error", dict) or document
+    claimed = field(details, "code", int) or field(details, "status", int) or 0
+    effective = claimed if status == 200 and 400 <= claimed <= 599 else status
+    code = error_code(document, effective)
+    request_id = headers.get("X-Request-ID")
+    place = f"HTTP {status}" if status != 200 else "error in the reply"
+    named = ", ".join(filter(None, [code, request_id and "request " + request_id]))
+    sentence = " ".join(redacted(error_sentence(document), api_key).split())[:MAX_ERROR_CHARACTERS]
+    hint = _HINTS.get(effective)
+    if effective == 401 and not api_key:
+        hint = f"set {ENV_API_KEY} or give --api-key"
+    message = ": ".join(filter(None, [f"{place} ({named})" if named else place, sentence, hint]))
+    kind = {401: AuthError, 403: AuthError, 429: RateLimitError}.get(
+        effective, RefusedError if 400 <= effective <= 499 else ServerError)
+    return kind(message, None if status == 200 else status, code, request_id,
+                retryable=effective in (408, 409, 429) or 500 <= effective <= 599,
+                retry_after=retry_after_seconds(headers, details))
+
+def parse_error(data, status, headers, api_key):
+    """Return the error that a response of HTTP *status* with the body *data* stands for."""
+    text = data.decode("utf-8", "replace").strip()
+    if 300 <= status <= 399:
+        target = headers.get("Location", "nowhere")
+        text = f"redirects are not followed: if you trust {target}, make it the base URL"
+    try:
+        document = parse_json(text)
+    except ValueError:
+        document = "the answer is an HTML page" if text.startswith("<") else text
+    return build_error(document, status, headers, api_key)
+
 def retry_delay(attempt, retry_after, jitter):
     """Return the seconds to wait before try number *attempt* + 1; *jitter* is from 0 to 1.
 
@@ -609,6 +634,67 @@ def retry_delay(attempt, retry_after, jitter):
     if retry_after is None:
         retry_after = 0.5 * 2 ** (attempt - 1) * (1 - jitter / 4)
     return min(retry_after, MAX_RETRY_DELAY_SECONDS)
+
+# -- Conversation -----------------------------------------------------------------------------
+
+class Conversation:
+    """The messages of a chat: a system message or None, then (question, answer) pairs.
+
+    Only a question that got an answer, if a part of one, becomes a turn: so the messages are well
+    formed whatever fails.
+    """
+
+    def __init__(self, system=None, turns=()):
+        self.system = system
+        self.turns = list(turns)
+
+    def messages(self, question=None):
+        """Return the messages in the API's shape, with *question* as the newest."""
+        pairs = [("system", self.system)] if self.system else []
+        for asked, answer in self.turns:
+            pairs += [("user", asked), ("assistant", answer)]
+        if question:
+            pairs.append(("user", question))
+        return [{"role": role, "content": content} for role, content in pairs]
+
+def saved_document(conversation, endpoint, model, saved_at):
+    """Return the JSON text that keeps *conversation*; *saved_at* is its time in ISO 8601."""
+    return json.dumps({
+        "format": CONVERSATION_FORMAT, "version": CONVERSATION_VERSION, "endpoint": endpoint,
+        "model": model, "saved_at": saved_at, "messages": conversation.messages(),
+    }, ensure_ascii=False, indent=2) + "\n"
+
+def parse_conversation(text):
+    """Return the Conversation in *text*, and a last question without an answer, or None.
+
+    It is a saved one, a list of messages, or an object with messages.  Raise UsageError that says
+    what is wrong, and where.
+    """
+    try:
+        document = parse_json(text)
+    except ValueError as error:
+        raise UsageError(f"not JSON: {error}") from error
+    if isinstance(document, dict):
+        if document.get("format", CONVERSATION_FORMAT) != CONVERSATION_FORMAT or \
+                document.get("version", CONVERSATION_VERSION) != CONVERSATION_VERSION:
+            raise UsageError("a saved conversation of another format or version")
+        document = document.get("messages", document.get("data"))
+    if not isinstance(document, list):
+        raise UsageError("no list of messages in it")
+    system, spoken = None, []
+    for place, message in enumerate(document):
+        role, content = field(message, "role", str), content_text(message)
+        wanted = ("user", "assistant")[len(spoken) % 2]
+        if not content.strip():
+            raise UsageError(f"messages[{place}]: no text in it")
+        if place == 0 and role in ("system", "developer"):
+            system = content
+        elif role == wanted:
+            spoken.append(content)
+        else:
+            raise UsageError(f"messages[{place}]: the role is {role!r}, not {wanted!r}")
+    question = spoken.pop() if len(spoken) % 2 else None
+    return Conversation(system, zip(spoken[::2], spoken[1::2])), question
 
 # -- Text -------------------------------------------------------------------------------------
 
@@ -621,6 +707,10 @@ _VISIBLE.update({0x7F: 0x2421, ord("\r"): None, ord("\n"): "\n", ord("\t"): "\t"
 def printable(text):
     """Return *text* with nothing in it that drives a terminal."""
     return text.translate(_VISIBLE)
+
+def typed_text(text):
+    """Return what was typed, the bytes in it that Python could not decode read as UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 def decode_prompt(data, name):
     """Return the text of the prompt *data*, which came from *name*, without line ends at its end.
@@ -642,15 +732,36 @@ def finish_notice(reply):
     }.get(reply.finish_reason)
 
 def footer_line(reply):
-    """Return the throughput line of a streamed reply; a count of chunks, not tokens, is marked ~."""
+    """Return the throughput line of a streamed reply; a count of chunks is marked ~."""
     tokens, mark = reply.chunks, "~"
     if reply.usage and reply.usage.completion is not None:
         tokens, mark = reply.usage.completion, ""
     rate = tokens / max(reply.seconds, 1e-9)
     return f"-- {mark}{tokens} tokens in {reply.seconds:.1f}s ({mark}{rate:.1f} tok/s)"
 
+def cut(text, columns):
+    """Return as much of *text* as fits into *columns* of a terminal."""
+    from unicodedata import combining, east_asian_width
+
+    for place, character in enumerate(text):
+        columns -= 0 if combining(character) else 2 if east_asian_width(character) in "WF" else 1
+        if columns < 0:
+            return text[:place]
+    return text
+
+def token_counts(totals, form):
+    """Return *form* filled in with the Totals of a session, marked ~ where a reply had no usage."""
+    mark = "" if totals.exact else "~"
+    return form.format(prompt=f"{mark}{totals.prompt}", completion=f"{mark}{totals.completion}")
+
+def status_bar(endpoint, model, totals, turns, columns):
+    """Return the line above the prompt, cut to *columns*."""
+    parts = [f"endpoint: {endpoint}"] + ([f"model: {model}"] if model else [])
+    parts += [token_counts(totals, "tokens: {prompt}/{completion}"), f"msgs: {2 * turns}"]
+    return cut(printable(" | ".join(parts)), columns)
+
 def usage_fields(reply, streamed):
-    """Return the (name, value) pairs of what the server said about *reply*, leaving out the rest."""
+    """Return the (name, value) pairs of what the server said about *reply*."""
     usage = reply.usage or Usage(None, None, None, None, None)
     pairs = [("prompt_tokens", usage.prompt), ("completion_tokens", usage.completion),
              ("total_tokens", usage.total), ("cached_tokens", usage.cached),
@@ -664,12 +775,20 @@ def usage_fields(reply, streamed):
 
 # -- Files ------------------------------------------------------------------------------------
 
-def config_path(environ):
-    """Return the path of the config file, which need not exist (XDG Base Directory)."""
-    folder = environ.get("XDG_CONFIG_HOME") or ""
+def xdg_path(environ, variable, default, name):
+    """Return the path of xeroctl's file *name* (XDG Base Directory), which need not exist."""
+    folder = environ.get(variable) or ""
     if not os.path.isabs(folder):
-        folder = os.path.join(os.path.expanduser("~"), ".config")
-    return os.path.join(folder, "xeroctl", "config.toml")
+        folder = os.path.join(os.path.expanduser("~"), default)
+    return os.path.join(folder, "xeroctl", name)
+
+def config_path(environ):
+    """Return the path of the config file."""
+    return xdg_path(environ, "XDG_CONFIG_HOME", ".config", "config.toml")
+
+def state_path(environ, name):
+    """Return the path of the file *name* that xeroctl itself keeps."""
+    return xdg_path(environ, "XDG_STATE_HOME", os.path.join(".local", "state"), name)
 
 def read_file(path):
     """Return the bytes of the file *path*; raise UsageError where it cannot be read."""
@@ -695,6 +814,56 @@ def read_config(path, notice):
         line = data.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{path}: not UTF-8 (at line {line})") from error
 
+def write_private(path, text):
+    """Write *text* to the file *path*, whole or not at all, for its owner alone (mode 0600)."""
+    from tempfile import mkstemp
+
+    path = os.path.realpath(path)
+    temporary = None
+    try:
+        descriptor, temporary = mkstemp(dir=os.path.dirname(path), prefix=".xeroctl-")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(text.encode("utf-8", "replace"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        raise
+
+def read_history(path):
+    """Return the newest entries of the history file *path*, the oldest first."""
+    entries = []
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                entries.append(str(json.loads(line)))
+    return entries[-MAX_HISTORY_ENTRIES:]
+
+def append_history(path, entry):
+    """Add *entry* to the history file *path*, under a lock, and drop the oldest over the limit.
+
+    An entry is one line, a JSON string, since it may hold line ends.  Raise OSError.
+    """
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
+        with contextlib.suppress(ImportError):  # not POSIX
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
+        lines = file.readlines()
+        lines.append(json.dumps(entry).encode() + b"\n")
+        if len(lines) > MAX_HISTORY_ENTRIES:
+            file.truncate(0)
+            lines = lines[-MAX_HISTORY_ENTRIES:]
+        else:
+            lines = lines[-1:]
+        file.write(b"".join(lines))
+
 # -- Transport --------------------------------------------------------------------------------
 
 def find_proxy(url):
@@ -719,7 +888,7 @@ def find_proxy(url):
     return proxy
 
 def tls_context(cacert):
-    """Return the TLS context that trusts the file *cacert*, or the system's authorities for None."""
+    """Return a TLS context that trusts the file *cacert*, or the system's authorities for None."""
     try:
         import ssl
     except ImportError as error:
@@ -727,7 +896,8 @@ def tls_context(cacert):
     try:
         return ssl.create_default_context(cafile=cacert)
     except OSError as error:
-        raise UsageError(f"cannot use {cacert} as CA certificates: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise UsageError(f"cannot use {cacert} as CA certificates: {reason}") from error
 
 def connect_error(error, place, seconds):
     """Return the NetworkError for *error*, raised while connecting to *place*."""
@@ -866,7 +1036,9 @@ def open_response(request, settings, trace):
     from urllib.parse import urlsplit
 
     proxy = find_proxy(request.url)
-    place = "the proxy " + proxy.netloc.rpartition("@")[2] if proxy else urlsplit(request.url).netloc
+    place = urlsplit(request.url).netloc
+    if proxy:
+        place = "the proxy " + proxy.netloc.rpartition("@")[2]
     try:
         response = send_request(request, settings, place, proxy, trace)
     except (OSError, http.client.HTTPException) as error:  # a URLError is an OSError around another
@@ -895,7 +1067,7 @@ class Output:
         self._fd = stream.fileno() if stream else None
         self.is_terminal = bool(stream) and stream.isatty()
         self.styled = bool(self.is_terminal and not environ.get("NO_COLOR")
-                           and environ.get("TERM", "dumb") != "dumb")
+                           and (environ.get("TERM") or "dumb") != "dumb")
         self._encoding = stream.encoding if self.is_terminal else "utf-8"
 
     def write(self, text, errors="replace"):
@@ -994,6 +1166,25 @@ class Terminal:
             return None
         return self._stdin.buffer.read()
 
+    def is_typed_at(self):
+        """Tell whether a person types at standard input."""
+        return self._stdin is not None and self._stdin.isatty()
+
+    def read_line(self, prompt):
+        """Return the next line typed, without its end; raise EOFError at the end of the input."""
+        if self.out.is_terminal:
+            return input(prompt)
+        with contextlib.suppress(OSError):  # the prompt is no part of the answer
+            self.err.write(prompt)
+        return self.read_piped_line().decode("utf-8", "replace").rstrip("\n")
+
+    def read_piped_line(self):
+        """Return the bytes of the next line of standard input; raise EOFError at its end."""
+        line = self._stdin.buffer.readline() if self._stdin else b""
+        if not line:
+            raise EOFError
+        return line
+
     def spinner(self):
         """Return a Spinner on stderr, for a with statement."""
         self._spinner = Spinner(self.err, self.err.styled and not self.quiet)
@@ -1016,8 +1207,7 @@ class Terminal:
         """Write *line* to stderr; where that cannot be done there is nobody to tell."""
         self._stop_spinner()
         line = printable(" ".join(line.split("\n")))
-        if self.secret:
-            line = line.replace(self.secret, "***")
+        line = redacted(line, self.secret)
         with contextlib.suppress(OSError):
             self.err.write(f"\x1b[2m{line}\x1b[0m\n" if dim and self.err.styled else line + "\n")
 
@@ -1056,23 +1246,31 @@ class Terminal:
 # -- Rendering --------------------------------------------------------------------------------
 
 class TextRenderer:
-    """Show an answer as its text, as it comes."""
+    """Show an answer as its text: as it comes if *streamed*, else in one piece.
 
-    def __init__(self, terminal):
-        self._terminal = terminal
-        self._last = ""
+    One piece is one write, so that processes that share a pipe do not mix their answers.
+    """
+
+    def __init__(self, terminal, streamed):
+        self._terminal, self._streamed = terminal, streamed
+        self._held = self._last = ""
         self.begun = False
 
     def show(self, document, text):
         """Show the *text* of a chunk or reply."""
-        if text:
+        if text and self._streamed:
             self._terminal.answer(text)
             self._last, self.begun = text[-1], True
+        else:
+            self._held += text
 
     def finish(self):
         """End the answer with one newline, its own or ours."""
-        if self._last != "\n":
-            self.show(None, "\n")
+        self._streamed = True
+        if (self._held or self._last)[-1:] != "\n":
+            self._held += "\n"
+        self.show(None, self._held)
+        self._held = ""
 
 class JsonRenderer:
     """Show the server's own objects, a line each, or with *indent* for a reader."""
@@ -1095,6 +1293,16 @@ class JsonRenderer:
 
     def finish(self):
         """Do nothing: each line has its end."""
+
+def report_reply(reply, options, terminal):
+    """Tell on stderr how *reply* ended and what it took, as far as *options* ask for it."""
+    notice = finish_notice(reply)
+    if notice:
+        terminal.notice(notice)
+    if options.stream and not terminal.json and not options.quiet:
+        terminal.say(footer_line(reply), dim=True)
+    if options.show_usage:
+        terminal.report("token_usage", usage_fields(reply, options.stream))
 
 # -- Exchange ---------------------------------------------------------------------------------
 
@@ -1160,12 +1368,12 @@ def exchange(request, settings, trace, renderer, builder, spinner):
     sent, first_token_seconds = time.monotonic(), None
     with open_response(request, settings, trace) as response:
         if not 200 <= response.status <= 299:
-            raise parse_error(read_error_body(response.chunks), response.status, response.headers,
-                              bool(settings.api_key))
+            raise parse_error(read_error_body(response.chunks), response.status,
+                              response.headers, settings.api_key)
         try:
             for document in documents(response, request.streamed):
                 if is_error(document):
-                    raise build_error(document, 200, response.headers, bool(settings.api_key))
+                    raise build_error(document, 200, response.headers, settings.api_key)
                 delta = builder.add(document)
                 if first_token_seconds is None and builder.begun:
                     first_token_seconds = time.monotonic() - sent
@@ -1285,10 +1493,335 @@ def practice_endpoint():
         finally:
             server.shutdown()
 
-# -- Commands ---------------------------------------------------------------------------------
+# -- Chat -------------------------------------------------------------------------------------
 
-BODY_OPTIONS = ("max_tokens", "temperature", "top_p", "frequency_penalty", "presence_penalty",
-                "seed", "store")
+def complete_line(line, commands, folder_names):
+    """Return the lines that *line* may become: slash commands, file names after some of them.
+
+    *folder_names* returns the names in a folder, those of folders with a slash at their end.
+    """
+    name, space, start = line.partition(" ")
+    if not line.startswith("/"):
+        return []
+    if not space:
+        return [command.name + (" " if command.argument else "") for command in commands
+                if command.name.startswith(name)]
+    if not any(command.name == name and command.argument == "FILE" for command in commands):
+        return []
+    folder = start[:start.rfind("/") + 1]
+    return [f"{name} {folder}{found}" for found in sorted(folder_names(folder))
+            if found.startswith(start[len(folder):])
+            and (start[len(folder):] or not found.startswith("."))]
+
+def folder_names(folder):
+    """Return the names of the files in *folder*, which may start with ~."""
+    path = os.path.expanduser(folder) or "."
+    try:
+        return [name + "/" * os.path.isdir(os.path.join(path, name)) for name in os.listdir(path)]
+    except OSError:
+        return []
+
+class LineEditor:
+    """Reads lines typed at a terminal: with readline, and its history, where this Python has it."""
+
+    def __init__(self, terminal, history_path, commands):
+        self._terminal = terminal
+        self._history_path = history_path
+        self._before, self._after = "", ""
+        self.abandoned = ""  # what stood on the line when Ctrl+C ended it
+        try:
+            import readline
+        except ImportError:
+            self._readline = None
+            return
+        self._readline = readline
+        self._commands, self._matches = commands, []
+        readline.set_auto_history(False)
+        readline.set_completer_delims("")  # a line is completed as a whole: file names have spaces
+        readline.set_completer(self._complete)
+        backend = getattr(readline, "backend", readline.__doc__ or "")  # an attribute since 3.13
+        if "editline" in backend or "libedit" in backend:
+            readline.parse_and_bind("bind ^I rl_complete")
+        else:
+            readline.parse_and_bind("tab: complete")
+            readline.parse_and_bind("set enable-bracketed-paste on")
+            if terminal.out.styled:  # \1 and \2 tell readline that what they enclose has no width
+                self._before, self._after = "\1\x1b[1m\2", "\1\x1b[0m\2"
+        for entry in read_history(history_path):
+            self._recall(entry)
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def read(self, prompt):
+        """Return the next line; raise EOFError at the end of the input."""
+        try:
+            return typed_text(self._terminal.read_line(self._before + prompt + self._after))
+        except UnicodeDecodeError:
+            raise UsageError("what was typed is not UTF-8") from None
+
+    def remember(self, entry):
+        """Put *entry* into the history, of this session and of those to come."""
+        self._recall(entry)
+        if self._history_path:
+            try:
+                append_history(self._history_path, entry)
+            except OSError as error:
+                self._terminal.notice(
+                    f"no history: cannot write {self._history_path}: {error.strerror}")
+                self._history_path = None
+
+    def _recall(self, entry):
+        if self._readline:  # which takes only what the locale can hold, bytes in disguise too
+            self._readline.add_history(os.fsdecode(entry.encode("utf-8", "replace")))
+
+    def _interrupt(self, number, frame):
+        self.abandoned = self._readline.get_line_buffer()  # which readline is about to forget
+        raise KeyboardInterrupt
+
+    def _complete(self, text, state):
+        if state == 0:
+            self._matches = complete_line(text, self._commands, folder_names)
+        return self._matches[state] if state < len(self._matches) else None
+
+class Chat:
+    """One interactive session: the conversation, its totals, and what every command may use."""
+
+    def __init__(self, options, settings, terminal, commands, conversation):
+        self.options, self.settings, self.terminal = options, settings, terminal
+        self.commands, self.conversation = commands, conversation
+        self.typed_at = terminal.is_typed_at()
+        self.editor = LineEditor(
+            terminal, state_path(os.environ, "history"), commands) if self.typed_at else None
+        self.model = options.model
+        self.totals = Totals(0, 0, True)
+        self.unsaved = False
+        self.running = True
+
+def show(chat, text):
+    """Show the lines of *text* to the person, not on stdout."""
+    for line in text.split("\n"):
+        chat.terminal.say(line)
+
+def send(chat, question, turns):
+    """Ask *question* after *turns*; with the answer, even a part of one, they are the conversation.
+
+    Where no answer came it stays as it is.
+    """
+    context = Conversation(chat.conversation.system, turns)
+    request = build_chat_request(chat.options, chat.settings, context.messages(question), True)
+    builder, renderer = ReplyBuilder(), TextRenderer(chat.terminal, True)
+    reply = None
+    try:
+        reply = ask(request, chat.settings, chat.terminal, renderer, builder)
+    except KeyboardInterrupt:
+        if not builder.text:
+            show(chat, "stopped: Up brings the question back")
+    finally:
+        if builder.text.strip():
+            chat.conversation.turns = context.turns + [(question, builder.text)]
+            chat.unsaved = True
+        usage = builder.usage or Usage(None, None, None, None, None)
+        chat.model = chat.options.model or builder.model or chat.model
+        chat.totals = Totals(
+            chat.totals.prompt + (usage.prompt or 0),
+            chat.totals.completion
+            + (builder.chunks if usage.completion is None else usage.completion),
+            chat.totals.exact and (usage.completion is not None or not builder.begun))
+    if reply:
+        report_reply(reply, chat.options, chat.terminal)
+
+def file_argument(argument):
+    """Return the path that the *argument* of a command names; raise UsageError for none."""
+    if not argument:
+        raise UsageError("a file name is needed")
+    return os.path.expanduser(argument)
+
+def save(chat, path):
+    """Write the conversation to the file *path*."""
+    saved_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    write_private(path, saved_document(
+        chat.conversation, chat.settings.endpoint, chat.model, saved_at))
+    chat.unsaved = False
+
+def do_help(chat, argument):
+    """Show the commands and the keys."""
+    for command in chat.commands:
+        show(chat, f"  {command.name + ' ' + command.argument:<16}{command.summary}")
+    show(chat, """
+  Up, Down        recall earlier inputs
+  Tab             complete commands, and file names after /save and /load
+  Ctrl+A, Ctrl+E  to the start, to the end of the line
+  Ctrl+U, Ctrl+K  delete to the start, to the end of the line
+  Ctrl+W          delete the word before the cursor
+  Ctrl+C          clear the line; stop a reply and keep what came of it
+  Ctrl+D          end the session
+  \\ at the end    continue on the next line; a pasted block is one message""")
+
+def do_clear(chat, argument):
+    """Forget the turns."""
+    chat.conversation.turns = []
+    chat.unsaved = False
+
+def do_system(chat, argument):
+    """Set the system message, or show it."""
+    if argument:
+        chat.conversation.system = argument
+    show(chat, "system: " + (chat.conversation.system or "none"))
+
+def do_save(chat, argument):
+    """Save the conversation, over nothing but a saved conversation."""
+    path = file_argument(argument)
+    if os.path.lexists(path):
+        try:
+            ours = field(parse_json(read_file(path).decode("utf-8")), "format", str)
+        except ValueError:
+            ours = None
+        if ours != CONVERSATION_FORMAT:
+            raise UsageError(f"{path} is there, and no saved conversation: choose another name")
+    save(chat, path)
+    show(chat, f"saved {2 * len(chat.conversation.turns)} messages to {path}")
+
+def do_load(chat, argument):
+    """Replace the conversation, once the file is found good."""
+    path = file_argument(argument)
+    try:
+        conversation, question = parse_conversation(decode_prompt(read_file(path), path))
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    chat.conversation, chat.unsaved = conversation, False
+    show(chat, f"loaded {2 * len(conversation.turns)} messages from {path}")
+    if question and chat.editor:
+        chat.editor.remember(question)
+        show(chat, "its last question has no answer: Up brings it back")
+
+def do_tokens(chat, argument):
+    """Show the session's totals."""
+    show(chat, token_counts(chat.totals, "tokens: {prompt} prompt, {completion} completion; ")
+         + f"messages: {2 * len(chat.conversation.turns)}")
+
+def do_retry(chat, argument):
+    """Ask the last question again; its old answer stays until there is a new one."""
+    if not chat.conversation.turns:
+        raise UsageError("nothing to ask again yet")
+    *turns, (question, _) = chat.conversation.turns
+    send(chat, question, turns)
+
+def do_undo(chat, argument):
+    """Take the last turn back."""
+    if not chat.conversation.turns:
+        raise UsageError("nothing to take back")
+    question, _ = chat.conversation.turns.pop()
+    show(chat, "took back: " + cut(" ".join(question.split()), 60))
+
+def do_edit(chat, argument):
+    """Send what an editor leaves in a private file."""
+    import subprocess
+    from shlex import split
+    from tempfile import TemporaryDirectory
+
+    if not chat.typed_at:
+        raise UsageError("/edit needs a terminal")
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    with TemporaryDirectory(prefix="xeroctl-") as folder:  # mode 0700
+        path = os.path.join(folder, "message.txt")
+        write_private(path, argument)
+        try:
+            status = subprocess.call(split(editor) + [path])
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot run {editor}: {error}: set VISUAL or EDITOR") from error
+        text = decode_prompt(read_file(path), path)
+    if status or not text.strip():
+        raise UsageError(f"nothing was sent: {editor} failed or left the file empty")
+    chat.editor.remember(text)
+    send(chat, text, chat.conversation.turns)
+
+def do_quit(chat, argument):
+    """End the session."""
+    chat.running = False
+
+CHAT_COMMANDS = (
+    ChatCommand("/help", "", do_help, "show this"),
+    ChatCommand("/clear", "", do_clear, "forget the conversation, keep the system message"),
+    ChatCommand("/system", "TEXT", do_system, "set the system message; show it without TEXT"),
+    ChatCommand("/save", "FILE", do_save, "save the conversation as JSON"),
+    ChatCommand("/load", "FILE", do_load, "replace the conversation by a saved one"),
+    ChatCommand("/tokens", "", do_tokens, "show the session's token totals"),
+    ChatCommand("/retry", "", do_retry, "ask the last question again, replace the answer"),
+    ChatCommand("/undo", "", do_undo, "take the last question and answer back"),
+    ChatCommand("/edit", "", do_edit, "write the message in $VISUAL or $EDITOR"),
+    ChatCommand("/quit", "", do_quit, "end the session, show its token totals"),
+)
+
+def handle(chat, line):
+    """Do what one input asks for: a slash command, else a message to send."""
+    if not line.strip():
+        return
+    if chat.editor:
+        chat.editor.remember(line)
+    if not line.startswith("/"):
+        send(chat, line.strip(), chat.conversation.turns)
+        return
+    name, _, argument = line.partition(" ")
+    for command in chat.commands:
+        if command.name == name:
+            command.run(chat, argument.strip())
+            return
+    from difflib import get_close_matches
+
+    nearest = get_close_matches(name, [command.name for command in chat.commands], 1, 0)[0]
+    raise UsageError(f"no command {name}: did you mean {nearest}? "
+                     "A space in front sends the line as a message")
+
+def read_input(chat):
+    """Return what the person types next, or the next line of a pipe; raise EOFError at the end."""
+    if not chat.typed_at:
+        return decode_prompt(chat.terminal.read_piped_line(), "standard input")
+    if not chat.options.quiet:
+        chat.terminal.say(status_bar(
+            chat.settings.endpoint, chat.model, chat.totals, len(chat.conversation.turns),
+            chat.terminal.err.width()), dim=True)
+    line = chat.editor.read("> ")
+    while line.endswith("\\"):
+        line = line[:-1] + "\n" + chat.editor.read(". ")
+    return line
+
+def chat_loop(chat, first):
+    """Take inputs until their end, *first* before all others; return the exit status.
+
+    A failure is reported and the chat goes on; with a pipe the first one decides the status.
+    """
+    status = EXIT_OK
+    while chat.running:
+        try:
+            reading = True
+            line, first = first or read_input(chat), None
+            reading = False
+            handle(chat, line)
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            if not reading:
+                continue
+            show(chat, "" if chat.editor.abandoned else "\nCtrl+D or /quit ends the session")
+        except OutputError:
+            raise
+        except XeroctlError as error:
+            chat.terminal.error(error)
+            status = status or error.exit_status
+    return EXIT_OK if chat.typed_at else status
+
+def keep(chat):
+    """Save a conversation that is about to be lost, and say where."""
+    path = state_path(os.environ, time.strftime("recovered-%Y%m%d-%H%M%S-") + f"{os.getpid()}.json")
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        save(chat, path)
+    except (OSError, UsageError) as error:
+        chat.terminal.say(f"xeroctl: the conversation is lost: {error}")
+    else:
+        chat.terminal.say(f"xeroctl: the conversation is kept: /load {path}")
+
+# -- Commands ---------------------------------------------------------------------------------
 
 def system_prompt(options):
     """Return the text of --from-file, else of --system, else None."""
@@ -1311,23 +1844,29 @@ def first_message(options, terminal):
         raise UsageError("the message is empty")
     return text
 
-def build_chat_request(options, settings, messages, stream):
-    """Return the Request that asks for the completion of *messages*."""
-    fields = {name: getattr(options, name) for name in BODY_OPTIONS
-              if getattr(options, name) is not None}
-    fields.update(options.param)
-    body = build_body(options.model or settings.endpoint, messages, fields, stream)
-    targets = [("X-SLO-TTFT-Ms", options.slo_ttft), ("X-SLO-TPOT-Ms", options.slo_tpot)]
-    return build_request("POST", chat_url(settings.base_url, settings.endpoint), settings, body,
-                         [(name, str(value)) for name, value in targets if value is not None])
+def run_interactive(options, settings, terminal):
+    """Hold a conversation until its end; keep it where it would be lost."""
+    if options.dry_run or options.output == "json":
+        raise UsageError("--interactive goes with neither --dry-run nor -o json")
+    terminal.json, options.stream = False, True
+    options.max_tokens = options.max_tokens or DEFAULT_INTERACTIVE_MAX_TOKENS
+    first = first_message(options, terminal) if options.message is not None else None
+    chat = Chat(options, settings, terminal, CHAT_COMMANDS, Conversation(system_prompt(options)))
+    try:
+        status = chat_loop(chat, first)
+    except BaseException:
+        if chat.unsaved:
+            keep(chat)
+        raise
+    if not options.quiet:
+        do_tokens(chat, "")
+    return status
 
 def run_chat(options, settings, terminal):
     """Ask one question and show the answer."""
-    if not settings.endpoint:
-        raise UsageError("no endpoint: give --endpoint SLUG")
-    system = system_prompt(options)
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": first_message(options, terminal)})
+    if options.interactive:
+        return run_interactive(options, settings, terminal)
+    messages = Conversation(system_prompt(options)).messages(first_message(options, terminal))
     request = build_chat_request(options, settings, messages, options.stream)
     if options.dry_run:
         terminal.answer(curl_line(request, settings) + "\n")
@@ -1335,15 +1874,9 @@ def run_chat(options, settings, terminal):
     if settings.output == "json":
         renderer = JsonRenderer(terminal, indent=None if options.stream else 2)
     else:
-        renderer = TextRenderer(terminal)
+        renderer = TextRenderer(terminal, options.stream)
     reply = ask(request, settings, terminal, renderer, ReplyBuilder())
-    notice = finish_notice(reply)
-    if notice:
-        terminal.notice(notice)
-    if options.stream and settings.output == "text" and not options.quiet:
-        terminal.say(footer_line(reply), dim=True)
-    if options.show_usage:
-        terminal.report("usage", usage_fields(reply, options.stream))
+    report_reply(reply, options, terminal)
     return EXIT_OK
 
 # -- Command line -----------------------------------------------------------------------------
@@ -1372,10 +1905,6 @@ def plain(text):
     if not text or printable(text) != text or "\n" in text:
         raise argparse.ArgumentTypeError(f"empty, or with a control character in it: {text!r}")
     return text
-
-def prompt(text):
-    """Return *text* with what was no UTF-8 in it replaced."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 def path(text):
     """Return the file name *text* as this Python's functions for files want it."""
@@ -1412,7 +1941,7 @@ def body_field(text):
     try:
         return plain(name), parse_json(value)
     except ValueError:
-        return plain(name), prompt(value)
+        return plain(name), typed_text(value)
 
 def add_global_options(parser):
     """Add the options that every command takes, before its name or after it."""
@@ -1427,13 +1956,14 @@ def add_global_options(parser):
     add("--api-key", metavar="KEY", type=plain,
         help=f"API key; {ENV_API_KEY} keeps it out of the process list")
     add("--context", metavar="NAME", type=plain, help="deployment of the config file to use")
-    add("-o", "--output", choices=("text", "json", "table"), help="form of the output (table: text)")
+    add("-o", "--output", choices=("text", "json", "table"), metavar="FORM",
+        help="form of the output: text, json, or table, which means text")
     add("--connect-timeout", metavar="SECONDS", type=seconds,
         help=f"limit for connecting (default: {DEFAULT_CONNECT_TIMEOUT_SECONDS})")
     add("--timeout", metavar="SECONDS", type=seconds,
         help=f"limit for silence once connected (default: {DEFAULT_TIMEOUT_SECONDS})")
     add("--retries", metavar="N", type=number(0, 1000, int),
-        help=f"tries after a first that failed for a while (default: {DEFAULT_RETRIES})")
+        help=f"further tries after a failure that may pass (default: {DEFAULT_RETRIES})")
     add("--cacert", metavar="FILE", type=path, help="trust the authorities in this PEM file")
     add("--dry-run", action="store_true", help="print the request as a curl command; send nothing")
     add("-q", "--quiet", action="store_true", help="no spinner, notes or throughput line")
@@ -1446,24 +1976,26 @@ def add_chat(commands):
     """Add the command chat."""
     parser = commands.add_parser("chat", help="ask an endpoint for a chat completion", description=(
         "Send a message to an endpoint and print the answer."))
-    parser.set_defaults(run=run_chat)
+    parser.set_defaults(run=run_chat, needs_endpoint=True)
     add = parser.add_argument
+    positive, whole = number(1, MAX_NUMBER, int), number(-MAX_NUMBER, MAX_NUMBER, int)
     add("--endpoint", metavar="SLUG", type=slug, help="endpoint to ask (required, but for --demo)")
-    add("-m", "--message", metavar="TEXT", type=prompt,
+    add("-m", "--message", metavar="TEXT", type=typed_text,
         help="what to say; '-', or no -m, reads it from standard input")
-    add("--system", metavar="TEXT", type=prompt, help="system message")
+    add("--system", metavar="TEXT", type=typed_text, help="system message")
     add("--from-file", metavar="FILE", type=path, help="system message from a file; beats --system")
     add("--model", metavar="NAME", type=plain, help="model name to send (default: the endpoint)")
-    add("--max-tokens", metavar="N", type=number(1, MAX_NUMBER, int), help="limit for the answer, in tokens")
+    add("--max-tokens", metavar="N", type=positive, help="limit for the answer, in tokens")
     add("--temperature", metavar="X", type=number(0, 2), help="sampling temperature, 0 to 2")
     add("--top-p", metavar="X", type=number(0, 1), help="nucleus sampling threshold, 0 to 1")
     add("--frequency-penalty", metavar="X", type=number(-2, 2), help="-2 to 2")
     add("--presence-penalty", metavar="X", type=number(-2, 2), help="-2 to 2")
-    add("--seed", metavar="N", type=number(-MAX_NUMBER, MAX_NUMBER, int), help="seed for answers that can be repeated")
+    add("--seed", metavar="N", type=whole, help="seed for answers that can be repeated")
     add("--param", metavar="NAME=VALUE", type=body_field, action="append", default=[],
         help="any other field of the request body; VALUE is JSON, else text; may be repeated")
-    add("--slo-ttft", metavar="MS", type=number(1, MAX_NUMBER, int), help="target time to the first token")
-    add("--slo-tpot", metavar="MS", type=number(1, MAX_NUMBER, int), help="target time for each further token")
+    add("--slo-ttft", metavar="MS", type=positive, help="target time to the first token")
+    add("--slo-tpot", metavar="MS", type=positive, help="target time for each further token")
+    add("-i", "--interactive", action="store_true", help="hold a conversation; /help tells more")
     add("--stream", action="store_true", help="print the answer as it is generated")
     add("--store", action="store_const", const=True, help="have the server keep the completion")
     add("--show-usage", action="store_true", help="print token counts and the id on stderr")
@@ -1502,23 +2034,28 @@ def run(arguments, terminal):
     """Parse *arguments* and run their command; return its exit status."""
     terminal.json = asks_for_json(arguments)
     try:
-        options = build_parser().parse_args(arguments)
+        options, unknown = build_parser().parse_known_args(arguments)
     except Page as page:
         terminal.answer(str(page))
         return EXIT_OK
     if not options.command:
         raise UsageError("no command: see xeroctl --help")
+    if unknown:
+        raise UsageError(f"unknown: {' '.join(unknown)}: see xeroctl {options.command} --help")
+    if options.needs_endpoint and not options.endpoint and not options.demo:
+        raise UsageError("no endpoint: give --endpoint SLUG, or --demo to try without one")
     terminal.quiet, terminal.verbose = options.quiet, options.verbose
     with settings_for(options, os.environ, terminal) as settings:
         terminal.json = settings.output == "json"
-        if settings.api_key and len(settings.api_key) >= MIN_REDACTED_CHARACTERS:
-            terminal.secret = settings.api_key
+        terminal.secret = settings.api_key
         for notice in settings.notices:
             terminal.notice(notice)
         return options.run(options, settings, terminal)
 
 def terminate(number, frame):
-    """Turn a signal into an exception, so that nothing is left undone."""
+    """Turn the first signal to end into an exception, so that nothing is left undone."""
+    for name in ENDING_SIGNALS:
+        signal.signal(getattr(signal, name, number), signal.SIG_IGN)
     raise Terminated(number)
 
 def end_by_signal(number):
@@ -1534,7 +2071,7 @@ def main(argv=None):
         argv = [os.fsencode(text).decode("utf-8", "surrogateescape") for text in sys.argv[1:]]
     terminal = Terminal(sys.stdin, sys.stdout, sys.stderr, os.environ)
     try:
-        for name in ("SIGTERM", "SIGHUP"):
+        for name in ENDING_SIGNALS:
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(number, terminate)

@@ -1,0 +1,599 @@
+"""Connections that fail, fall silent, break or lie; retries, redirects, proxies and TLS."""
+
+import base64
+import contextlib
+import gzip
+import re
+import select
+import socket
+import ssl
+import subprocess
+import zlib
+from http.client import HTTPMessage
+from threading import Event
+
+import pytest
+
+import loopback
+from loopback import (BEFORE_REQUEST, DONE, Call, Drip, Gate, Hold, Reset, as_json, chunk, completion, head, http_chunk,
+                      json_response, response, sse, stream, stream_head)
+
+HELLO = json_response(completion())
+HEL = sse(chunk("Hel"))
+LO = sse(chunk("lo", finish="stop"), DONE)
+NOW = {"Retry-After": "0"}
+
+
+def moment(sock):
+    """Say nothing for a fifth of a second, less if the client goes."""
+    select.select([sock], [], [], 0.2)
+
+
+def ask(url, *options):
+    return ("chat", "--endpoint", "my-endpoint", "--base-url", url, "-m", "Hi", *options)
+
+
+@contextlib.contextmanager
+def full_listener():
+    """Yield a port that neither accepts nor refuses: its queue of connections is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+# -- Connecting ------------------------------------------------------
+
+
+@pytest.fixture
+def unheard():
+    """A socket with an address, on which nobody listens yet."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock
+
+
+@pytest.fixture
+def refusing(unheard):
+    """The host and port of an address that refuses connections."""
+    return "127.0.0.1:%d" % unheard.getsockname()[1]
+
+
+REFUSED = "xeroctl: {note}%s refused the connection: is the server running?{again}\n"
+
+
+def test_a_refused_connection_is_retried_visibly(run, refusing):
+    result = run(*ask(f"http://{refusing}/v1", "--retries", "1"))
+    again = REFUSED.format(note="note: ", again=": trying again in 0.D s") % refusing
+    assert (result.status, result.stdout) == (6, b"")
+    assert re.sub(r"0\.[345] s", "0.D s", result.stderr.decode()) == again + REFUSED.format(note="", again="") % refusing
+
+
+def test_without_retries_a_refused_connection_is_one_line(run, refusing):
+    line = REFUSED.format(note="", again="") % refusing
+    assert run(*ask(f"http://{refusing}/v1", "--retries", "0")) == (6, b"", line.encode())
+
+
+def test_a_server_that_starts_late_is_reached_by_a_retry(start, unheard, refusing):
+    child = start(*ask(f"http://{refusing}/v1"), stderr=subprocess.STDOUT)
+    child.expect("trying again")
+    unheard.listen()
+    unheard.settimeout(10)
+    with unheard.accept()[0] as sock:
+        loopback.read_request(sock)
+        sock.sendall(HELLO)
+    assert child.finish().stdout.endswith(b" s\nHello!\n")
+
+
+def test_an_unknown_host_is_named(run):
+    result = run(*ask("http://nowhere.invalid/v1"))
+    assert (result.status, result.stdout, result.stderr.count(b"\n")) == (6, b"", 1)
+    assert result.stderr.startswith(b"xeroctl: unknown host: nowhere.invalid: ")
+
+
+def test_a_connection_that_is_never_accepted_has_a_limit(run):
+    with full_listener() as port:
+        line = f"xeroctl: no connection to 127.0.0.1:{port} within 0.3 s: see --connect-timeout\n"
+        assert run(*ask(f"http://127.0.0.1:{port}/v1", "--connect-timeout", "0.3")) == (6, b"", line.encode())
+
+
+def test_a_tls_handshake_that_never_comes_has_the_same_limit(run, server):
+    server.script([BEFORE_REQUEST, Hold()])
+    line = f"xeroctl: no connection to 127.0.0.1:{server.port} within 0.3 s: see --connect-timeout\n"
+    url = f"https://127.0.0.1:{server.port}/v1"
+    assert run(*ask(url, "--connect-timeout", "0.3")) == (6, b"", line.encode())
+
+
+def test_the_limit_for_connecting_is_none_for_the_answer(chat, server):
+    server.script([Call(moment), Call(moment), HELLO])
+    assert chat("-m", "Hi", "--connect-timeout", "0.3") == (0, b"Hello!\n", b"")
+
+
+# -- Silence ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps, text", [
+    ([Hold()], b""),
+    ([b"HTTP/1.1 200 OK\r\nContent-", Hold()], b""),
+    ([stream_head(), Hold()], b""),
+    ([stream_head(), HEL, Hold()], b"Hel\n"),
+    ([stream_head(), HEL, sse(chunk("lo"))[:-9], Hold()], b"Hel\n"),
+    ([stream_head(chunked=True), http_chunk(HEL), Hold()], b"Hel\n"),
+    ([HELLO[:-9], Hold()], b""),
+], ids=["no answer", "in the headers", "before the text", "after text", "in an event", "between chunks", "in a body"])
+def test_silence_has_a_limit_and_keeps_the_text(chat, server, steps, text):
+    server.script(steps)
+    line = f"xeroctl: 127.0.0.1:{server.port} sent nothing for 0.3 s: see --timeout\n"
+    assert chat("-m", "Hi", "--stream", "--timeout", "0.3") == (6, text, line.encode())
+
+
+def test_pings_are_not_silence(chat, server):
+    server.script([stream_head()] + [Call(moment), b": keep-alive\n\n", Call(moment), b":\n"] * 2 + [HEL, LO])
+    result = chat("-m", "Hi", "--stream", "--timeout", "0.4")
+    assert (result.status, result.stdout) == (0, b"Hello\n")
+
+
+# -- Connections that break ------------------------------------------
+
+
+@pytest.mark.parametrize("first", [
+    [Reset()],
+    [BEFORE_REQUEST, Reset()],
+    [],
+    [stream_head(), Reset()],
+    [stream_head(), b": ping\n\n", sse(chunk(delta={"role": "assistant", "content": None})), Reset()],
+], ids=["before headers", "before the request", "closed without a word", "after headers", "after an empty delta"])
+def test_a_connection_lost_before_the_first_token_is_retried(chat, server, first):
+    server.script(first, [stream(chunk("Hello", finish="stop"), DONE)])
+    result = chat("-m", "Hi", "--stream", "--retries", "1")
+    assert (result.status, result.stdout, len(server.gone)) == (0, b"Hello\n", 2)
+    assert result.stderr.count(b"trying again in 0.") == 1
+
+
+def test_a_connection_lost_after_text_is_not_retried(start, server):
+    gate = Event()
+    server.script([stream_head(), HEL, Gate(gate), Reset()])
+    child = start(*ask(server.url, "--stream"))
+    child.expect("Hel")
+    gate.set()
+    line = f"xeroctl: the reply was cut short: 127.0.0.1:{server.port} closed the connection\n"
+    assert child.finish() == (8, b"Hel\n", line.encode())
+
+
+CUT = [
+    ([HELLO[:-9]], b""),
+    ([head("200 OK", {"Content-Length": 999}), HELLO], b""),
+    ([stream_head({"Content-Length": 9999}), HEL], b"Hel\n"),
+    ([stream_head(chunked=True), http_chunk(HEL)], b"Hel\n"),
+    ([stream_head(chunked=True), http_chunk(HEL), http_chunk(HEL)[:-9]], b"Hel\n"),
+    ([stream_head(chunked=True), http_chunk(HEL), b"zz\r\nx\r\n"], b"Hel\n"),
+    ([stream_head(chunked=True), http_chunk(HEL), b"-5\r\nx\r\n"], b"Hel\n"),
+    ([stream_head(chunked=True), http_chunk(HEL), b"\r\nx\r\n"], b"Hel\n"),
+    ([stream_head(chunked=True), http_chunk(HEL), b"f" * 20 + b"\r\nx\r\n"], b"Hel\n"),
+    ([stream_head(chunked=True), http_chunk(HEL), b"0\r\n\r\n"], b"Hel\n"),
+    ([stream_head(chunked=True), http_chunk(HEL), b"f" * 70000 + b"\r\n"], b"Hel\n"),
+    ([stream_head(), HEL], b"Hel\n"),
+]
+
+
+@pytest.mark.parametrize("steps, text", CUT, ids=[
+    "body", "length too large", "stream with a length", "between chunks", "in a chunk", "size not a number",
+    "negative size", "no size", "huge size", "chunked end without DONE", "endless size", "close without DONE"])
+def test_a_reply_that_ends_early_is_cut_short(chat, server, steps, text):
+    server.script(steps)
+    result = chat("-m", "Hi", "--stream")
+    assert (result.status, result.stdout) == (8, text)
+    assert re.fullmatch(rb"xeroctl: the reply was cut short: [^\n]+\n", result.stderr)
+
+
+# -- Shapes of a body ------------------------------------------------
+
+JSON = {"Content-Type": "application/json"}
+BODY = as_json(completion())
+
+
+@pytest.mark.parametrize("steps", [
+    [head("200 OK", JSON).replace(b"HTTP/1.1", b"HTTP/1.0") + BODY],
+    [head("200 OK", JSON) + BODY],
+    [head("200 OK", JSON) + BODY[:20], Call(moment), BODY[20:]],
+    [HELLO, Hold()],
+    [head("200 OK", JSON, {"Transfer-Encoding": "chunked"}), http_chunk(BODY), http_chunk(b""), Hold()],
+    [head("200 OK", JSON, {"Transfer-Encoding": "chunked"}), b"%x;a=b\r\n%b\r\n0\r\nX-A: 1\r\n\r\n" % (len(BODY), BODY)],
+    [head("200 OK", {"Content-Length": len(BODY)}), BODY, Hold()],
+    [b"HTTP/1.1 100 Continue\r\n\r\n", HELLO],
+    [Drip(HELLO)],
+    [response(gzip.compress(BODY), headers={"Content-Encoding": "gzip"})],
+    [response(zlib.compress(BODY), headers={"Content-Encoding": "deflate"})],
+    [response(BODY, headers={"Content-Encoding": "identity"})],
+    [HELLO + b"and more, which is not ours", Hold()],
+], ids=["HTTP/1.0", "until the close", "in two parts", "kept open", "chunked, kept open", "chunk extension and trailer",
+        "no type, kept open", "100 first", "byte by byte", "gzip", "deflate", "identity", "more than the length"])
+def test_every_way_to_send_a_body_is_read(chat, server, steps):
+    server.script(steps)
+    assert chat("-m", "Hi") == (0, b"Hello!\n", b"")
+
+
+EVENTS = HEL + LO
+
+
+@pytest.mark.parametrize("steps", [
+    [stream_head(), EVENTS, Hold()],
+    [stream_head({"Content-Length": len(EVENTS)}), EVENTS, Hold()],
+    [stream_head(chunked=True), http_chunk(EVENTS), Hold()],
+    [stream_head().replace(b"HTTP/1.1", b"HTTP/1.0") + EVENTS],
+    [stream_head({"Content-Encoding": "gzip"}) + gzip.compress(EVENTS)],
+    [stream_head(chunked=True), Drip(b"".join(http_chunk(bytes([byte])) for byte in EVENTS))],
+    [stream_head(), HEL, LO[:LO.index(b"data: [DONE]")]],
+], ids=["kept open", "length, kept open", "chunked, kept open", "HTTP/1.0", "gzip", "drops", "no DONE"])
+def test_every_way_to_send_a_stream_is_read(chat, server, steps):
+    server.script(steps)
+    result = chat("-m", "Hi", "--stream")
+    assert (result.status, result.stdout) == (0, b"Hello\n")
+
+
+NOT_HTTP = "does not speak HTTP"
+
+
+@pytest.mark.parametrize("answer, reason", [
+    (b"SSH-2.0-OpenSSH_9.6\r\n", NOT_HTTP),
+    (b"\x15\x03\x01\x00\x02\x02\x16", NOT_HTTP),
+    (b"<html>hello</html>\n", NOT_HTTP),
+    (b"HTTP/1.1 two hundred\r\n\r\n", NOT_HTTP),
+    (b"HTTP/9.9 200 OK\r\n\r\n", NOT_HTTP),
+    (b"HTTP/1.1 200 OK\r\nX: %b\r\n\r\n" % (b"x" * 70000), NOT_HTTP),
+    (b"HTTP/1.1 200 OK\r\n%b\r\n" % (b"X: y\r\n" * 200), NOT_HTTP),
+    (b"HTTP/1.1 204 No Content\r\n\r\n", "the reply is empty"),
+    (response(b""), "the reply is empty"),
+    (response(b"<!DOCTYPE html><p>Hi", headers={"Content-Type": "text/html"}), "an HTML page"),
+    (response(b"Hi"), "not JSON"),
+    (response(BODY, headers={"Content-Encoding": "gzip"}), "not in the encoding that it claims"),
+    (response(BODY, headers={"Content-Encoding": "br"}), "not in the encoding that it claims"),
+    (response(gzip.compress(BODY)[:-40], headers={"Content-Encoding": "gzip"}), "the reply is"),
+], ids=["ssh", "TLS alert", "bare HTML", "status in words", "HTTP/9.9", "long header", "many headers", "204", "empty",
+        "HTML", "text", "not gzip", "brotli", "gzip cut"])
+def test_an_answer_that_makes_no_sense_is_status_5(chat, server, answer, reason):
+    server.script(answer)
+    result = chat("-m", "Hi")
+    assert (result.status, result.stdout, result.stderr.count(b"\n")) == (5, b"", 1)
+    assert reason in result.stderr.decode()
+
+
+# -- Retries ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 501, 502, 503, 504])
+def test_a_passing_failure_is_retried(chat, server, status):
+    server.script(json_response({"error": {"message": "busy"}}, f"{status} Busy", NOW), HELLO)
+    result = chat("-m", "Hi")
+    assert (result.status, result.stdout, len(server.requests)) == (0, b"Hello!\n", 2)
+    assert re.fullmatch(rb"xeroctl: note: HTTP %d: busy: .*trying again in 0.0 s\n" % status
+                        if status == 429 else rb"xeroctl: note: HTTP %d: busy: trying again in 0.0 s\n" % status,
+                        result.stderr)
+    assert server.requests[0].body == server.requests[1].body
+
+
+@pytest.mark.parametrize("status, expected", [(400, 4), (401, 3), (403, 3), (404, 4), (405, 4), (413, 4), (422, 4)])
+def test_a_refusal_is_not_retried(chat, server, status, expected):
+    server.script(json_response({"error": {"message": "no"}}, f"{status} No", NOW))
+    result = chat("-m", "Hi")
+    assert (result.status, result.stdout, len(server.requests)) == (expected, b"", 1)
+    assert result.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("options, requests", [((), 3), (("--retries", "0"), 1), (("--retries", "1"), 2)], ids=repr)
+@pytest.mark.parametrize("status, expected", [("429 Slow", 7), ("503 Busy", 5)])
+def test_retries_come_to_an_end(chat, server, options, requests, status, expected):
+    server.always(json_response({"error": "busy"}, status, NOW))
+    result = chat("-m", "Hi", *options)
+    assert (result.status, result.stdout, len(server.requests)) == (expected, b"", requests)
+    assert result.stderr.count(b"trying again") == requests - 1
+    assert result.stderr.count(b"\n") == requests
+
+
+def test_quiet_retries_are_silent(chat, server):
+    server.script(json_response({}, "503 Busy", NOW), HELLO)
+    assert chat("-m", "Hi", "--quiet") == (0, b"Hello!\n", b"")
+
+
+def test_an_error_in_a_stream_before_the_first_token_is_retried(chat, server):
+    busy = {"error": {"message": "busy", "code": 503, "retry_after": 0}}
+    server.script(stream(busy), stream(chunk("Hi", finish="stop"), DONE))
+    result = chat("-m", "Hi", "--stream")
+    assert (result.status, result.stdout, len(server.requests)) == (0, b"Hi\n", 2)
+
+
+DATE = "Thu, 01 Jan 2026 00:00:00 GMT"
+
+
+@pytest.mark.parametrize("headers, details, seconds", [
+    ({}, {}, None),
+    ({"Retry-After": "0"}, {}, 0),
+    ({"Retry-After": "7"}, {}, 7),
+    ({"Retry-After": " 7 "}, {}, 7),
+    ({"retry-after": "7"}, {}, 7),
+    ({"Retry-After": "1.5"}, {}, 1.5),
+    ({"Retry-After": "86400"}, {}, 86400),
+    ({"Retry-After": "-5"}, {}, None),
+    ({"Retry-After": "soon"}, {}, None),
+    ({"Retry-After": ""}, {}, None),
+    ({"Retry-After": "nan"}, {}, None),
+    ({"Retry-After": "1e3"}, {}, None),
+    ({"Retry-After": "\xb2"}, {}, None),
+    ({"Retry-After": "Thu, 01 Jan 2026 00:00:09 GMT", "Date": DATE}, {}, 9),
+    ({"Retry-After": "Thu, 01 Jan 2026 01:00:09 +0100", "Date": DATE}, {}, 9),
+    ({"Retry-After": "Wed, 31 Dec 2025 00:00:00 GMT", "Date": DATE}, {}, 0),
+    ({"Retry-After": "Thu, 99 Foo 2026 00:00:00 GMT", "Date": DATE}, {}, None),
+    ({"Retry-After": "Thu, 01 Jan 99999 00:00:00 GMT", "Date": DATE}, {}, None),
+    ({"Retry-After": DATE, "Date": "Thu, 01 Jan 99999 00:00:00 GMT"}, {}, None),
+    ({"Retry-After-Ms": "250"}, {}, 0.25),
+    ({"Retry-After-Ms": "250", "Retry-After": "1"}, {}, 0.25),
+    ({"Retry-After-Ms": "soon", "Retry-After": "1"}, {}, 1),
+    ({}, {"retry_after": 3}, 3),
+    ({}, {"retry_after": 0.5}, 0.5),
+    ({}, {"retry_after": -1}, 0),
+    ({}, {"retry_after": True}, None),
+    ({}, {"retry_after": "3"}, None),
+    ({}, [], None),
+    ({}, "text", None),
+    ({"Retry-After": "7"}, {"retry_after": 3}, 7),
+], ids=repr)
+def test_the_wait_that_a_server_asks_for(xeroctl, headers, details, seconds):
+    message = HTTPMessage()
+    for name, value in headers.items():
+        message[name] = value
+    assert xeroctl.retry_after_seconds(message, details) == seconds
+
+
+@pytest.mark.parametrize("attempt, asked, jitter, seconds", [
+    (1, 0, 0, 0), (1, 7, 1, 7), (1, 60, 0, 60), (1, 61, 0, 60), (3, 86400, 0, 60), (1, 10 ** 400, 0, 60),
+    (1, None, 0, 0.5), (2, None, 0, 1), (3, None, 0, 2), (1, None, 1, 0.375), (2, None, 1, 0.75),
+    (30, None, 0, 60),
+], ids=repr)
+def test_the_wait_before_a_retry(xeroctl, attempt, asked, jitter, seconds):
+    assert xeroctl.retry_delay(attempt, asked, jitter) == seconds
+
+
+def test_no_number_of_retries_overflows_the_wait(xeroctl):
+    assert xeroctl.retry_delay(5000, None, 0.5) == 60
+
+
+@pytest.mark.parametrize("value", ["9" * 9, "9" * 10, "9" * 30])
+def test_a_huge_wait_is_capped(xeroctl, value):
+    assert xeroctl.retry_delay(1, xeroctl.retry_after_seconds({"Retry-After": value}, {}), 0) == 60
+
+
+@pytest.mark.parametrize("headers, error", [
+    ({"Retry-After": "Thu, 01 Jan 2015 00:00:00 GMT"}, {}),
+    ({"Retry-After": DATE, "Date": DATE}, {}),
+    ({"retry-after-ms": "1", "retry-after": "9"}, {}),
+    ({}, {"retry_after": 0}),
+], ids=repr)
+def test_the_wait_that_the_server_asked_for_is_kept(chat, server, headers, error):
+    server.script(json_response({"error": error}, "429 Slow", headers), HELLO)
+    result = chat("-m", "Hi")
+    assert (result.status, result.stdout) == (0, b"Hello!\n")
+    assert result.stderr.endswith(b": trying again in 0.0 s\n")
+
+
+@pytest.mark.parametrize("value", ["Thu, 01 Jan 99999 00:00:00 GMT", "-1", "\xff\xfe", "0 0 0 0 0 0"])
+def test_a_wait_that_makes_no_sense_is_ignored(chat, server, value):
+    server.script(json_response({}, "503 Busy", {"Retry-After": value, "Date": DATE}), HELLO)
+    result = chat("-m", "Hi", "--retries", "0")
+    assert (result.status, result.stdout, result.stderr) == (5, b"", b"xeroctl: HTTP 503\n")
+
+
+# -- Redirects -------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused_and_the_key_stays(chat, server, status):
+    with loopback.Server() as other:
+        server.script(response(b"", f"{status} Moved", {"Location": other.url + "/v1"}))
+        result = chat("-m", "Hi", "--api-key", "xero_acme_secret")
+        assert (result.status, result.stdout, len(server.requests)) == (5, b"", 1)
+        assert other.url in result.stderr.decode() and b"redirect" in result.stderr
+        assert (other.requests, other.gone) == ([], [])
+
+
+def test_a_redirect_without_a_target_is_an_error_too(chat, server):
+    server.script(response(b"", "302 Found"))
+    result = chat("-m", "Hi")
+    assert (result.status, result.stdout, result.stderr.count(b"\n")) == (5, b"", 1)
+
+
+# -- Proxies ---------------------------------------------------------
+
+FAR = "http://api.invalid/acme/v1"
+FAR_PATH = "/acme/my-endpoint/v1/chat/completions"
+
+
+def basic(pair):
+    return "Basic " + base64.b64encode(pair.encode()).decode()
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_http_goes_through_the_proxy(run, server, variable):
+    server.script(HELLO)
+    assert run(*ask(FAR), env={variable: server.url}) == (0, b"Hello!\n", b"")
+    request = server.requests[0]
+    assert (request.method, request.target, request.headers["host"]) == (
+        "POST", "http://api.invalid" + FAR_PATH, "api.invalid")
+    assert "proxy-authorization" not in request.headers
+
+
+def test_a_proxy_gets_its_password_and_nobody_sees_it(run, server):
+    server.script(HELLO)
+    proxy = server.url.replace("://", "://us%20er:p%40ss-word@")
+    result = run(*ask(FAR, "--verbose"), env={"http_proxy": proxy})
+    assert (result.status, result.stdout) == (0, b"Hello!\n")
+    assert server.requests[0].headers["proxy-authorization"] == basic("us er:p@ss-word")
+    assert b"ss-word" not in result.stderr and basic("us er:p@ss-word").encode()[6:] not in result.stderr
+
+
+@pytest.mark.parametrize("variable", ["https_proxy", "HTTPS_PROXY"])
+def test_https_asks_the_proxy_for_a_tunnel(run, server, variable):
+    server.script(response(b"", "502 Bad Gateway"))
+    proxy = server.url.replace("://", "://user:word@")
+    result = run(*ask("https://api.invalid/v1", "--api-key", "xero_acme_secret"), env={variable: proxy})
+    request = server.requests[0]
+    assert (result.status, result.stdout, result.stderr.count(b"\n")) == (6, b"", 1)
+    assert (request.method, request.target) == ("CONNECT", "api.invalid:443")
+    assert request.headers["proxy-authorization"] == basic("user:word")
+    assert b"xero_acme_secret" not in request.raw_head
+
+
+def test_tls_goes_through_the_tunnel(run, server, far_certificate):
+    seen = []
+
+    def tunnel(sock):
+        sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        with context_for(far_certificate).wrap_socket(sock, server_side=True) as tls:
+            seen.append(loopback.read_request(tls))
+            tls.sendall(HELLO)
+
+    server.script([Call(tunnel)])
+    result = run(*ask("https://api.invalid/acme/v1", "--api-key", "xero_acme_secret", "--cacert", str(far_certificate)),
+                 env={"https_proxy": server.url.replace("://", "://user:word@")})
+    assert result == (0, b"Hello!\n", b"")
+    assert (seen[0].target, seen[0].headers["authorization"]) == (FAR_PATH, "Bearer xero_acme_secret")
+    assert "proxy-authorization" not in seen[0].headers
+
+
+@pytest.mark.parametrize("exceptions", ["api.invalid", ".invalid", "other.example,api.invalid", "*"])
+def test_no_proxy_names_the_exceptions(run, server, exceptions):
+    result = run(*ask(FAR), env={"http_proxy": server.url, "no_proxy": exceptions})
+    assert (result.status, server.gone) == (6, [])
+    assert result.stderr.startswith(b"xeroctl: unknown host: api.invalid")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_loopback_is_never_proxied(run, server, host):
+    server.script(HELLO)
+    environment = {"http_proxy": "http://127.0.0.1:1", "all_proxy": "socks5://127.0.0.1:1"}
+    assert run(*ask(f"http://{host}:{server.port}/v1"), env=environment) == (0, b"Hello!\n", b"")
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "https://127.0.0.1:3128", "http://", "ftp://x"])
+def test_a_proxy_that_is_not_http_is_refused(run, proxy):
+    result = run(*ask(FAR), env={"http_proxy": proxy})
+    assert (result.status, result.stdout, result.stderr.count(b"\n")) == (2, b"", 1)
+    assert b"proxy" in result.stderr and b"http://" in result.stderr
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:99999", "http://127.0.0.1:port", "http://[::1", "http://a b"])
+def test_a_broken_proxy_address_is_a_usage_error(run, proxy):
+    result = run(*ask(FAR), env={"http_proxy": proxy})
+    assert (result.stdout, result.stderr.count(b"\n")) == (b"", 1)
+    assert result.status == 2
+
+
+@pytest.mark.parametrize("url", [FAR, "https://api.invalid/acme/v1"])
+def test_the_proxy_is_named_when_it_wants_a_password(run, server, url):
+    server.script(response(b"", "407 Proxy Authentication Required"))
+    result = run(*ask(url), env={"http_proxy": server.url, "https_proxy": server.url})
+    assert result.status in (4, 6)
+    assert b"proxy" in result.stderr and b"407" in result.stderr and b"--api-key" not in result.stderr
+    assert (result.stdout, result.stderr.count(b"\n")) == (b"", 1)
+
+
+def test_a_proxy_that_refuses_is_named(run, refusing):
+    result = run(*ask(FAR, "--retries", "0"), env={"http_proxy": "http://user:word@" + refusing})
+    line = f"xeroctl: the proxy {refusing} refused the connection: is the server running?\n"
+    assert result == (6, b"", line.encode())
+
+
+# -- TLS -------------------------------------------------------------
+
+
+def context_for(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(certificate))
+    return context
+
+
+@pytest.fixture(scope="session")
+def far_certificate(certificate, tmp_path_factory):
+    """A key and a certificate for api.invalid."""
+    path = tmp_path_factory.mktemp("far") / "far.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-new", "-key", str(certificate), "-days", "2", "-subj", "/CN=api.invalid",
+         "-addext", "subjectAltName=DNS:api.invalid", "-addext", "keyUsage=digitalSignature,keyCertSign",
+         "-out", str(path)], check=True, stderr=subprocess.DEVNULL)
+    path.write_bytes(certificate.read_bytes().partition(b"-----BEGIN CERT")[0] + path.read_bytes())
+    return path
+
+
+@pytest.fixture
+def secure(certificate):
+    """A scripted server that speaks TLS."""
+    with loopback.Server(tls_context=context_for(certificate)) as server:
+        server.always(HELLO)
+        yield server
+
+
+def test_an_untrusted_certificate_is_refused_with_a_way_out(run, secure):
+    result = run(*ask(secure.url + "/v1"))
+    assert (result.status, result.stdout, secure.requests, len(secure.gone)) == (6, b"", [], 1)
+    assert re.fullmatch(rb"xeroctl: TLS with 127.0.0.1:\d+ failed: [^\n]*certificate[^\n]*"
+                        rb"--cacert FILE[^\n]*SSL_CERT_FILE\n", result.stderr)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_cacert_is_trusted(run, secure, certificate, host):
+    url = f"https://{host}:{secure.port}/v1"
+    assert run(*ask(url, "--cacert", str(certificate))) == (0, b"Hello!\n", b"")
+
+
+def test_ssl_cert_file_is_trusted(run, secure, certificate):
+    assert run(*ask(secure.url + "/v1"), env={"SSL_CERT_FILE": str(certificate)}) == (0, b"Hello!\n", b"")
+
+
+def test_a_stream_is_read_through_tls(run, secure, certificate):
+    secure.script([stream_head(), HEL, LO, Hold()])
+    result = run(*ask(secure.url + "/v1", "--stream", "--cacert", str(certificate)))
+    assert (result.status, result.stdout) == (0, b"Hello\n")
+
+
+def test_a_certificate_for_another_host_is_refused(run, far_certificate):
+    with loopback.Server(tls_context=context_for(far_certificate)) as server:
+        server.always(HELLO)
+        result = run(*ask(server.url + "/v1", "--cacert", str(far_certificate)))
+        assert (result.status, result.stdout, server.requests) == (6, b"", [])
+    assert re.fullmatch(rb"xeroctl: TLS with 127.0.0.1:\d+ failed: [^\n]*127.0.0.1[^\n]*\n", result.stderr)
+
+
+def test_https_to_a_plain_port_asks_for_the_scheme(run, server):
+    server.script([BEFORE_REQUEST, b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"])
+    line = f"xeroctl: no TLS at 127.0.0.1:{server.port}: is it an http:// address?\n"
+    assert run(*ask(server.url.replace("http", "https"))) == (6, b"", line.encode())
+
+
+def test_plain_http_to_a_tls_port_is_an_error(run, secure):
+    result = run(*ask(secure.url.replace("https", "http"), "--retries", "0"))
+    assert (result.stdout, result.stderr.count(b"\n"), secure.requests) == (b"", 1, [])
+    assert result.status in (5, 6)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no certificate\n", b"\x00\xff",
+                                     b"-----BEGIN CERTIFICATE-----\n????\n-----END CERTIFICATE-----\n"], ids=repr)
+def test_a_bad_cacert_is_a_usage_error(run, tmp_path, content):
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_bytes(content)
+    result = run(*ask("https://127.0.0.1:1/v1", "--cacert", str(path)))
+    assert (result.status, result.stdout) == (2, b"")
+    assert re.fullmatch(rb"xeroctl: cannot use %b as CA certificates: [^\n]+\n" % str(path).encode(), result.stderr)
+
+
+def test_a_python_without_ssl_says_so_and_still_speaks_http(chat, run, server, tmp_path):
+    (tmp_path / "ssl.py").write_text("raise ImportError('no ssl here')\n")
+    without = {"PYTHONPATH": str(tmp_path)}
+    server.script(HELLO)
+    assert chat("-m", "Hi", env=without) == (0, b"Hello!\n", b"")
+    line = b"xeroctl: this Python has no ssl module, which https needs\n"
+    assert run(*ask("https://127.0.0.1:1/v1"), env=without) == (6, b"", line)
