@@ -178,16 +178,19 @@ def parse_toml_subset(text):
 
     Raise ValueError, with the line's number, for everything else that TOML allows.
     """
-    document = {}
+    document, headers = {}, []
     table = document
     for number, line in enumerate(text.split("\n"), 1):
         header, pair = _TOML_HEADER.match(line), _TOML_PAIR.match(line)
         try:
             if header:
-                table = document
-                for key in toml_keys(header.group(1)):
+                table, keys = document, toml_keys(header.group(1))
+                for key in keys:
                     table = table.setdefault(key, {})
                     table.items()
+                if keys in headers:
+                    raise ValueError
+                headers.append(keys)
             elif pair:
                 target, value = table, _TOML_VALUE.match(pair.group(2))
                 keys = toml_keys(pair.group(1))
@@ -216,7 +219,9 @@ def parse_config(text, path):
     try:
         document = parse_toml(text.replace("\r\n", "\n"))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: broken TOML: {error}") from error
+        last = text.rstrip().count("\n") + 1
+        reason = str(error).replace("at end of document", f"at line {last}")
+        raise UsageError(f"{path}: broken TOML: {reason}") from error
     deployments = document.get("deployment", {})
     shapes = [("current", document.get("current", ""), str), ("deployment", deployments, dict)]
     for name, deployment in deployments.items() if isinstance(deployments, dict) else ():
@@ -363,7 +368,7 @@ def curl_line(request, settings):
     """Return *request* as a curl command that is safe to paste: the key is a variable in it."""
     from shlex import quote
 
-    words = ["curl", "-sSN" if request.streamed else "-sS", quote(request.url)]
+    words = ["curl", "-gsSN" if request.streamed else "-gsS", quote(request.url)]
     if request.method not in ("GET", "POST"):
         words += ["-X", request.method]
     for name, value in request.headers:
@@ -394,8 +399,9 @@ class EventDecoder:
 
     def feed(self, chunk):
         """Yield each event that *chunk* completes; raise ServerError where one has no end."""
-        if self._after_cr and chunk.startswith(b"\n"):
-            chunk = chunk[1:]
+        if self._after_cr and chunk:
+            self._after_cr = False
+            chunk = chunk[1:] if chunk.startswith(b"\n") else chunk
         if not chunk:
             return
         self._after_cr = chunk.endswith(b"\r")
@@ -540,8 +546,9 @@ def error_sentence(document, depth=4):
     if isinstance(document, list) and depth:
         return "; ".join(filter(None, (error_sentence(item, depth - 1) for item in document)))
     for name in ("error", "detail", "message", "msg", "title"):
-        if isinstance(document, dict) and document.get(name) and depth:
-            sentence = error_sentence(document[name], depth - 1)
+        found = field(document, name, (str, list, dict)) if depth else None
+        sentence = found and error_sentence(found, depth - 1)
+        if sentence:
             where = field(document, "loc", list)  # FastAPI's: the path of the field it refuses
             return ".".join(map(str, where)) + ": " + sentence if where else sentence
     return ""
@@ -570,16 +577,16 @@ def retry_after_seconds(headers, details):
     """
     from email.utils import mktime_tz, parsedate_tz
 
-    value = headers.get("Retry-After") or ""
+    value, number = headers.get("Retry-After") or "", r"\d+(\.\d+)?\Z"
     seconds = field(details, "retry_after", (int, float))
-    date, now = parsedate_tz(value), parsedate_tz(headers.get("Date") or "")
-    if re.match(r"\d{1,9}(\.\d+)?\Z", headers.get("Retry-After-Ms") or ""):
+    if re.match(number, headers.get("Retry-After-Ms") or ""):
         seconds = float(headers["Retry-After-Ms"]) / 1000
-    elif re.match(r"\d{1,9}(\.\d+)?\Z", value.strip()):
+    elif re.match(number, value.strip()):
         seconds = float(value)
-    elif date and now:
-        seconds = mktime_tz(date) - mktime_tz(now)
-    return max(0, seconds) if seconds is not None else None
+    else:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # no dates, or odd ones
+            seconds = mktime_tz(parsedate_tz(value)) - mktime_tz(parsedate_tz(headers.get("Date")))
+    return max(0, min(seconds, MAX_NUMBER)) if seconds is not None else None
 
 _HINTS = {
     401: "check the API key",
@@ -632,7 +639,7 @@ def retry_delay(attempt, retry_after, jitter):
     a quarter of it, so that a crowd of clients does not come back at once.
     """
     if retry_after is None:
-        retry_after = 0.5 * 2 ** (attempt - 1) * (1 - jitter / 4)
+        retry_after = 0.5 * 2 ** min(attempt - 1, 10) * (1 - jitter / 4)
     return min(retry_after, MAX_RETRY_DELAY_SECONDS)
 
 # -- Conversation -----------------------------------------------------------------------------
@@ -881,11 +888,15 @@ def find_proxy(url):
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy:
         return None
-    proxy = urlsplit(proxy if "://" in proxy else "http://" + proxy)
-    if proxy.scheme != "http" or not proxy.hostname:
-        raise UsageError(f"cannot use the proxy {proxy.scheme}://{proxy.hostname}: "
-                         "only http:// proxies are supported")
-    return proxy
+    try:
+        parts = urlsplit(proxy if "://" in proxy else "http://" + proxy)
+        usable = parts.scheme == "http" and re.match(r"[!-~]+\Z", parts.netloc) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or not parts.hostname:
+        raise UsageError(f"cannot use the proxy {proxy.rpartition('@')[2]}: "
+                         "it has to be like http://HOST:PORT")
+    return parts
 
 def tls_context(cacert):
     """Return a TLS context that trusts the file *cacert*, or the system's authorities for None."""
@@ -1246,7 +1257,7 @@ class Terminal:
 # -- Rendering --------------------------------------------------------------------------------
 
 class TextRenderer:
-    """Show an answer as its text: as it comes if *streamed*, else in one piece.
+    """Show an answer as its text: as it comes if *streamed*, else in one piece at the end.
 
     One piece is one write, so that processes that share a pipe do not mix their answers.
     """
@@ -1258,41 +1269,44 @@ class TextRenderer:
 
     def show(self, document, text):
         """Show the *text* of a chunk or reply."""
-        if text and self._streamed:
-            self._terminal.answer(text)
-            self._last, self.begun = text[-1], True
-        else:
+        if not self._streamed:
             self._held += text
+        elif text:
+            self._last, self.begun = text[-1], True  # first: a Ctrl+C may come during the write
+            self._terminal.answer(text)
 
     def finish(self):
         """End the answer with one newline, its own or ours."""
-        self._streamed = True
-        if (self._held or self._last)[-1:] != "\n":
-            self._held += "\n"
-        self.show(None, self._held)
-        self._held = ""
+        rest, self._held, self._streamed = self._held, "", True
+        self.show(None, rest if (rest or self._last)[-1:] == "\n" else rest + "\n")
 
 class JsonRenderer:
-    """Show the server's own objects, a line each, or with *indent* for a reader."""
+    """Show the server's own objects: a line each if *streamed*, else the one, for a reader."""
 
-    def __init__(self, terminal, indent):
-        self._terminal = terminal
-        separators = (",", ": ") if indent else (",", ":")
-        self._encode = json.JSONEncoder(ensure_ascii=False, indent=indent,
-                                        separators=separators).encode
+    def __init__(self, terminal, streamed):
+        self._terminal, self._streamed = terminal, streamed
+        self._encode = json.JSONEncoder(
+            ensure_ascii=False, indent=None if streamed else 2,
+            separators=(",", ":") if streamed else (",", ": ")).encode
+        self._held = None
         self.begun = False
 
     def show(self, document, text):
         """Show the chunk or reply *document* with every field it has."""
-        try:
-            line = self._encode(document)
-        except RecursionError as error:
-            raise ServerError("the reply is nested too deeply to print") from error
-        self.begun = True
-        self._terminal.answer(line + "\n", "backslashreplace")  # a lone surrogate as its escape
+        self._held = document
+        if self._streamed:
+            self.finish()
 
     def finish(self):
-        """Do nothing: each line has its end."""
+        """Write what is still to be shown."""
+        if self._held is None:
+            return
+        try:
+            line = self._encode(self._held)
+        except RecursionError as error:
+            raise ServerError("the reply is nested too deeply to print") from error
+        self._held, self.begun = None, True
+        self._terminal.answer(line + "\n", "backslashreplace")  # a lone surrogate as its escape
 
 def report_reply(reply, options, terminal):
     """Tell on stderr how *reply* ended and what it took, as far as *options* ask for it."""
@@ -1871,10 +1885,7 @@ def run_chat(options, settings, terminal):
     if options.dry_run:
         terminal.answer(curl_line(request, settings) + "\n")
         return EXIT_OK
-    if settings.output == "json":
-        renderer = JsonRenderer(terminal, indent=None if options.stream else 2)
-    else:
-        renderer = TextRenderer(terminal, options.stream)
+    renderer = (JsonRenderer if terminal.json else TextRenderer)(terminal, options.stream)
     reply = ask(request, settings, terminal, renderer, ReplyBuilder())
     report_reply(reply, options, terminal)
     return EXIT_OK
@@ -1953,7 +1964,7 @@ def add_global_options(parser):
     seconds = number(0.001, MAX_TIMEOUT_SECONDS)
     add("--base-url", metavar="URL", type=plain,
         help="address of the project, such as https://api.xerotier.ai/PROJECT/v1")
-    add("--api-key", metavar="KEY", type=plain,
+    add("--api-key", metavar="KEY", type=check_api_key,
         help=f"API key; {ENV_API_KEY} keeps it out of the process list")
     add("--context", metavar="NAME", type=plain, help="deployment of the config file to use")
     add("-o", "--output", choices=("text", "json", "table"), metavar="FORM",

@@ -146,7 +146,7 @@ def test_show_usage_with_json_is_one_object_on_stderr(chat, server):
     result = chat("-m", "hi", "--show-usage", "-o", "json")
     assert (result.status, json.loads(result.stdout.decode())) == (0, completion())
     assert result.stderr.count(b"\n") == 1
-    assert json.loads(result.stderr.decode()) == {"kind": "usage", "id": "chatcmpl-1", **USAGE}
+    assert json.loads(result.stderr.decode()) == {"kind": "token_usage", "id": "chatcmpl-1", **USAGE}
 
 
 # -- What is sent ----------------------------------------------------

@@ -10,7 +10,7 @@ from loopback import BEFORE_REQUEST, DONE, chunk, completion, head, json_respons
 KEY = "xero_acme_0123456789"
 HTML = b"<!DOCTYPE html>\n<html><body><h1>Bad Gateway</h1></body></html>\n"
 REQUEST_ID = {"X-Request-ID": "req-1"}
-REDIRECT = "a redirect to https://elsewhere.example/v1: redirects are not followed: use that address if you trust it"
+REDIRECT = "redirects are not followed: if you trust https://elsewhere.example/v1, make it the base URL"
 FASTAPI = {"detail": [
     {"loc": ["body", "temperature"], "msg": "Input should be less than 2", "type": "less_than"},
     {"loc": ["body", "messages", 0, "role"], "msg": "Field required", "type": "missing"},
@@ -169,7 +169,7 @@ def test_a_redirect_is_not_followed(chat, server):
     server.script(response(status="307 Temporary Redirect", headers={"Location": server.url + "/other"}))
     result = chat("-m", "hi", "--api-key", KEY)
     assert (result.status, result.stdout, len(server.requests)) == (5, b"", 1)
-    assert f"a redirect to {server.url}/other: " in result.stderr.decode()
+    assert f"if you trust {server.url}/other, " in result.stderr.decode()
 
 
 def test_http_1_0_is_an_answer(chat, server):
@@ -178,18 +178,20 @@ def test_http_1_0_is_an_answer(chat, server):
 
 
 @pytest.mark.parametrize("depth", [100, 600, 5000])
-@pytest.mark.parametrize("options", [["-o", "json"], ["-o", "json", "--stream"], []], ids=str)
-def test_a_deep_reply_is_printed_whole_or_refused(chat, server, depth, options):
+def test_a_deep_reply_is_printed_whole_or_refused(start, server, depth):
     deep = b'{"a":' * depth + b"1" + b"}" * depth
     document = json.dumps(completion(deep=0)).encode().replace(b'"deep": 0', b'"deep": ' + deep)
-    server.script(response(document))
-    result = chat("-m", "hi", *options)
-    if result.status:
-        assert (result.status, result.stdout, result.stderr.count(b"\n")) == (5, b"", 1)
-        assert depth > 100
-    else:
-        assert result.stdout.replace(b" ", b"").replace(b"\n", b"").count(b'{"a":') == (depth if options else 0)
-        assert options or result.stdout == b"Hello!\n"
+    server.always(response(document))
+    command = ["chat", "--endpoint", "e", "--base-url", server.url, "-m", "hi"]
+    children = [start(*command, *options) for options in (["-o", "json"], ["-o", "json", "--stream"], [])]
+    for child, braces in zip(children, [depth, depth, 0]):
+        result = child.finish()
+        if result.status:
+            assert (result.status, result.stdout, result.stderr.count(b"\n")) == (5, b"", 1)
+            assert depth > 100
+        else:
+            assert b"".join(result.stdout.split()).count(b'{"a":') == braces
+            assert braces or result.stdout == b"Hello!\n"
 
 
 # -- What must not be shown ------------------------------------------
@@ -212,7 +214,6 @@ def test_nothing_a_server_says_drives_the_terminal(chat, server, place):
     assert set(json.loads(result.stderr.decode())) == {"kind", "message", *NOTHING}
 
 
-@pytest.mark.parametrize("options", [[], ["-o", "json"], ["--verbose"]], ids=str)
 @pytest.mark.parametrize("reply", [
     json_response(error(f"Bad key {KEY}!", code=KEY), "401 Unauthorized", {"X-Request-ID": KEY}),
     response(f"you sent {KEY}".encode(), "500 " + KEY),
@@ -220,11 +221,14 @@ def test_nothing_a_server_says_drives_the_terminal(chat, server, place):
     json_response(error("x" * 490 + " " + KEY), "400 Bad Request"),
     stream(chunk("Hel"), error(KEY)),
 ], ids=["401", "text", "redirect", "cut off", "stream"])
-def test_a_key_that_a_server_echoes_is_not_shown(chat, server, reply, options):
-    server.script(reply)
-    result = chat("-m", "hi", "--retries", "0", "--stream", *options, env={"XEROTIER_API_KEY": KEY})
-    assert result.status in (3, 4, 5)
-    assert KEY[:9] not in result.stderr.decode()
+def test_a_key_that_a_server_echoes_is_not_shown(start, server, reply):
+    server.always(reply)
+    command = ["chat", "--endpoint", "e", "--base-url", server.url, "-m", "hi", "--retries", "0", "--stream"]
+    children = [start(*command, *options, env={"XEROTIER_API_KEY": KEY}) for options in ([], ["-o", "json"], ["--verbose"])]
+    for child in children:
+        result = child.finish()
+        assert result.status in (3, 4, 5)
+        assert KEY[:9] not in result.stderr.decode()
 
 
 @pytest.mark.parametrize("options", [[], ["-o", "json"]], ids=str)
@@ -240,13 +244,13 @@ def test_a_key_of_odd_characters_is_not_shown_either(chat, server, key, options)
 
 USAGE_ERRORS = [
     ([], "no command: see xeroctl --help"),
-    (["chat", "-m", "hi", "--base-url", "http://127.0.0.1:1"], "no endpoint: give --endpoint SLUG"),
+    (["chat", "-m", "hi", "--base-url", "http://127.0.0.1:1"], "no endpoint: give --endpoint SLUG, or --demo to try without one"),
     (["chat", "--endpoint", "e", "-m", "", "--base-url", "http://127.0.0.1:1"], "the message is empty"),
     (["chat", "--endpoint"], "argument --endpoint: expected one argument: see xeroctl chat --help"),
-    (["--nonsense", "chat"], "unrecognized arguments: --nonsense: see xeroctl --help"),
-    (["chat", "--endpoint", "e", "--nonsense"], "unrecognized arguments: --nonsense: see xeroctl --help"),
-    (["chat", "--endpoint", "e", "extra"], "unrecognized arguments: extra: see xeroctl --help"),
-    (["chat", "--endpoint", "e", "--temp", "1"], "unrecognized arguments: --temp 1: see xeroctl --help"),
+    (["--nonsense", "chat"], "unknown: --nonsense: see xeroctl "),
+    (["chat", "--endpoint", "e", "--nonsense"], "unknown: --nonsense: see xeroctl chat --help"),
+    (["chat", "--endpoint", "e", "extra"], "unknown: extra: see xeroctl chat --help"),
+    (["chat", "--endpoint", "e", "--temp", "1"], "unknown: --temp 1: see xeroctl chat --help"),
     (["nonsense"], "argument COMMAND: invalid choice: 'nonsense'"),
     (["chat", "--timeout", "x\x1b[31m"], "argument --timeout: not a number from 0.001 to 1000000: 'x\\x1b[31m'"),
 ]

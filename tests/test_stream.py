@@ -125,7 +125,7 @@ def test_show_usage_with_json_lines_is_one_object_on_stderr(quiet):
     result = quiet(stream(HEL, STOP, DONE), options=["--show-usage", "-o", "json"])
     said = json.loads(result.stderr.decode())
     assert 0 <= said.pop("first_token_seconds") < 20
-    assert said == {"kind": "usage", "finish_reason": "stop", "id": "chatcmpl-1"}
+    assert said == {"kind": "token_usage", "finish_reason": "stop", "id": "chatcmpl-1"}
 
 
 @pytest.mark.parametrize("events", [
