@@ -910,6 +910,31 @@ def tls_context(cacert):
         reason = error.strerror or error
         raise UsageError(f"cannot use {cacert} as CA certificates: {reason}") from error
 
+def resolve(host, port, seconds):
+    """Return the addresses of *host*; raise OSError, a timeout after *seconds*.
+
+    A thread asks, because the system's resolver heeds neither a time limit nor Ctrl+C.
+    """
+    import socket
+    import threading
+
+    answer = []
+
+    def ask_resolver():
+        try:
+            answer.append(socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=ask_resolver, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answer:
+        raise socket.timeout
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
+
 def connect_error(error, place, seconds):
     """Return the NetworkError for *error*, raised while connecting to *place*."""
     import socket
@@ -958,6 +983,7 @@ class _Watched:
 
     def connect(self):
         try:
+            resolve(self.host, self.port, self.timeout)
             super().connect()
         except (OSError, ValueError) as error:
             raise connect_error(error, self._place, self.timeout) from error
@@ -1116,7 +1142,7 @@ class Spinner:
     def __init__(self, output, visible):
         self._output = output
         self._visible = visible
-        self._drawn = False
+        self._drawn = self._asleep = False
         self._thread = None
 
     def __enter__(self):
@@ -1127,6 +1153,8 @@ class Spinner:
             self._stopped = threading.Event()
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
+            with contextlib.suppress(AttributeError, ValueError):  # not POSIX, not the main thread
+                signal.signal(signal.SIGTSTP, self._suspend)
         return self
 
     def __exit__(self, *exception):
@@ -1142,14 +1170,24 @@ class Spinner:
             self._stopped.set()
             self._thread.join()
             self._thread = None
+            with contextlib.suppress(AttributeError, ValueError):
+                signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             if self._drawn:
                 self._draw("")
+
+    def _suspend(self, number, frame):
+        self._asleep = True
+        self._draw("")
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # and here we stand until the shell resumes us
+        signal.signal(number, self._suspend)
+        self._asleep = False
 
     def _run(self):
         for frame in itertools.cycle("|/-\\"):
             if self._stopped.wait(0.1):
                 return
-            if self._output.in_foreground():
+            if self._output.in_foreground() and not self._asleep:
                 label, until = self._line
                 now = time.monotonic()
                 seconds = now - self._since if until is None else max(0, until - now)

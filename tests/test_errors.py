@@ -155,14 +155,19 @@ def test_a_server_that_speaks_something_else_is_said_to(chat, server):
     assert chat("-m", "hi", "--retries", "0") == (5, b"", line.encode())
 
 
-@pytest.mark.parametrize("value", [
+DELAYS = [
     "soon", "-5", "1e9", "nan", "Wed, 01 Jan 99999 00:00:00 GMT", "Wed, 99 Jan 2026 99:99:99 GMT", "Mon, 1 Jan 0000 0:0:0 +9999",
     "1 1 1 1 1 1", ",", "Wed, 21 Oct 2026 07:28:00 GMT" + "9" * 30, "\u0663", "99999999999999999999",
-], ids=ascii)
-def test_a_strange_retry_after_is_no_catastrophe(chat, server, value):
-    headers = {"Retry-After": value.encode().decode("latin-1"), "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}
-    server.script(response(status="429 Too Many Requests", headers=headers))
-    assert chat("-m", "hi", "--retries", "0") == (7, b"", b"xeroctl: HTTP 429: wait, or raise --retries\n")
+]
+
+
+def test_a_strange_retry_after_is_no_catastrophe(start, server):
+    for value in DELAYS:
+        headers = {"Retry-After": value.encode().decode("latin-1"), "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}
+        server.script(response(status="429 Too Many Requests", headers=headers))
+    command = ["chat", "--endpoint", "e", "--base-url", server.url, "-m", "hi", "--retries", "0"]
+    children = [start(*command) for _ in DELAYS]
+    assert {child.finish() for child in children} == {(7, b"", b"xeroctl: HTTP 429: wait, or raise --retries\n")}
 
 
 def test_a_redirect_is_not_followed(chat, server):

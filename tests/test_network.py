@@ -71,7 +71,8 @@ def test_a_refused_connection_is_retried_visibly(run, refusing):
     result = run(*ask(f"http://{refusing}/v1", "--retries", "1"))
     again = REFUSED.format(note="note: ", again=": trying again in 0.D s") % refusing
     assert (result.status, result.stdout) == (6, b"")
-    assert re.sub(r"0\.[345] s", "0.D s", result.stderr.decode()) == again + REFUSED.format(note="", again="") % refusing
+    final = REFUSED.format(note="", again="") % refusing
+    assert re.sub(r"0\.[345] s", "0.D s", result.stderr.decode()) == again + final
 
 
 def test_without_retries_a_refused_connection_is_one_line(run, refusing):
@@ -203,7 +204,8 @@ BODY = as_json(completion())
     [head("200 OK", JSON) + BODY[:20], Call(moment), BODY[20:]],
     [HELLO, Hold()],
     [head("200 OK", JSON, {"Transfer-Encoding": "chunked"}), http_chunk(BODY), http_chunk(b""), Hold()],
-    [head("200 OK", JSON, {"Transfer-Encoding": "chunked"}), b"%x;a=b\r\n%b\r\n0\r\nX-A: 1\r\n\r\n" % (len(BODY), BODY)],
+    [head("200 OK", JSON, {"Transfer-Encoding": "chunked"}),
+     b"%x;a=b\r\n%b\r\n0\r\nX-A: 1\r\n\r\n" % (len(BODY), BODY)],
     [head("200 OK", {"Content-Length": len(BODY)}), BODY, Hold()],
     [b"HTTP/1.1 100 Continue\r\n\r\n", HELLO],
     [Drip(HELLO)],

@@ -119,7 +119,7 @@ def test_a_context_without_a_file_is_unknown(run):
 # -- Addresses -------------------------------------------------------
 
 
-@pytest.mark.parametrize("base, target", [
+ADDRESSES = {
     ("/acme/v1", "/acme/my-endpoint/v1/chat/completions"),
     ("/acme/v1//", "/acme/my-endpoint/v1/chat/completions"),
     ("/v1", "/my-endpoint/v1/chat/completions"),
@@ -135,12 +135,15 @@ def test_a_context_without_a_file_is_unknown(run):
     ("/v1/chat/completions/", "/v1/chat/completions"),
     ("/v1/chat/completions?api-version=1%20&a=/", "/v1/chat/completions?api-version=1%20&a=/"),
     ("/openai/{endpoint}/chat/completions?v=1", "/openai/my-endpoint/chat/completions?v=1"),
-])
-def test_a_base_url_becomes_this_request_target(run, server, base, target):
-    server.script(HELLO)
-    assert run("chat", "--endpoint", "my-endpoint", "-m", "hi", env={"XEROTIER_BASE_URL": server.url + base}).status == 0
-    assert server.requests[0].target == target
-    assert server.requests[0].json["model"] == "my-endpoint"
+}
+
+
+def test_a_base_url_becomes_this_request_target(start, server):
+    server.always(HELLO)
+    command = ["chat", "--endpoint", "my-endpoint", "-m", "hi"]
+    children = [start(*command, "--model", base + "!", env={"XEROTIER_BASE_URL": server.url + base}) for base, _ in ADDRESSES]
+    assert {child.finish() for child in children} == {(0, b"Hello!\n", b"")}
+    assert {(request.json["model"][:-1], request.target) for request in server.requests} == ADDRESSES
 
 
 def test_the_slug_may_be_in_the_host(run):

@@ -1,5 +1,6 @@
 """`xeroctl chat --stream`: text as it comes, the line after it, and streams of every shape."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from loopback import DONE, USAGE, Gate, Hold, Reset, as_json, chunk, completion, head, http_chunk, json_response, sse, stream, stream_head
+from loopback import DONE, USAGE, Gate, Hold, Reset, Server, as_json, chunk, completion, head, http_chunk, json_response, sse, stream, stream_head
 
 CUT = b"xeroctl: the reply was cut short: the stream ended before its end\n"
 NO_REASON = b"xeroctl: note: the server gave no reason for the end: the answer may be incomplete\n"
@@ -174,9 +175,15 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_a_stream_of_this_shape_is_read(quiet, name):
-    assert quiet(stream(*SHAPES[name])) == (0, b"Hello\n", b"")
+def test_streams_of_all_shapes_are_read(start):
+    with contextlib.ExitStack() as stack:
+        children = {}
+        for name, events in SHAPES.items():
+            server = stack.enter_context(Server())
+            server.script(stream(*events))
+            children[name] = start("chat", "--endpoint", "e", "--base-url", server.url, "-m", "hi", "--stream", "--quiet")
+        for name, child in children.items():
+            assert child.finish() == (0, b"Hello\n", b""), name
 
 
 def test_a_line_separator_is_text(quiet):

@@ -1,0 +1,461 @@
+"""The messages of a chat and their saved document, the status bar, completion, the history file, private files."""
+
+import errno
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from conftest import TOP
+
+TWO_TURNS = [
+    {"role": "user", "content": "one"}, {"role": "assistant", "content": "eins"},
+    {"role": "user", "content": "two"}, {"role": "assistant", "content": "zwei"},
+]
+SYSTEM = {"role": "system", "content": "be short"}
+OPEN = {"role": "user", "content": "three?"}
+
+
+def mode(path):
+    return stat.S_IMODE(os.stat(str(path)).st_mode)
+
+
+# -- Messages --------------------------------------------------------
+
+
+@pytest.mark.parametrize("system, turns, question, expected", [
+    (None, [], None, []),
+    (None, [], "one", TWO_TURNS[:1]),
+    ("be short", [], None, [SYSTEM]),
+    ("be short", [("one", "eins"), ("two", "zwei")], None, [SYSTEM] + TWO_TURNS),
+    (None, [("one", "eins"), ("two", "zwei")], "three?", TWO_TURNS + [OPEN]),
+    ("", [("one", "eins")], None, TWO_TURNS[:2]),
+], ids=["nothing", "a question", "a system message", "all", "turns and a question", "an empty system message"])
+def test_messages_are_in_the_shape_of_the_api(xeroctl, system, turns, question, expected):
+    assert xeroctl.Conversation(system, turns).messages(question) == expected
+
+
+def test_a_conversation_has_turns_of_its_own(xeroctl):
+    turns = [("one", "eins")]
+    conversation = xeroctl.Conversation(None, turns)
+    turns.append(("two", "zwei"))
+    assert (len(conversation.turns), xeroctl.Conversation().turns) == (1, [])
+
+
+# -- Saved documents -------------------------------------------------
+
+
+def test_the_saved_document_is_readable_json_and_names_its_form(xeroctl):
+    conversation = xeroctl.Conversation("be short", [("one", "é 日本 😀")])
+    text = xeroctl.saved_document(conversation, "my-endpoint", "llama-3", "2026-01-02T03:04:05Z")
+    assert json.loads(text) == {
+        "format": "xeroctl-conversation", "version": 1, "endpoint": "my-endpoint", "model": "llama-3",
+        "saved_at": "2026-01-02T03:04:05Z", "messages": conversation.messages(),
+    }
+    assert text.endswith("}\n") and "é 日本 😀" in text
+
+
+@pytest.mark.parametrize("system, turns", [
+    (None, []), ("be short", []), (None, [("one", "eins")]), ("be short", [("one", "eins"), ("two", "zwei")]),
+    (None, [("line\nline\n\n\\ \"quoted\"", "\ttab \u2028 \x1b[31m \x00 😀")]),
+], ids=["nothing", "system", "a turn", "all", "odd characters"])
+def test_what_is_saved_can_be_loaded(xeroctl, system, turns):
+    text = xeroctl.saved_document(xeroctl.Conversation(system, turns), "e", None, "2026-01-02T03:04:05Z")
+    conversation, question = xeroctl.parse_conversation(text)
+    assert (conversation.system, conversation.turns, question) == (system, turns, None)
+
+
+SAVED = {"format": "xeroctl-conversation", "version": 1, "endpoint": "e", "model": "m", "saved_at": "2026"}
+PARTS = [{"type": "text", "text": "o"}, {"type": "text", "text": "ne"}]
+
+
+@pytest.mark.parametrize("document, system, turns, question", [
+    (dict(SAVED, messages=[SYSTEM] + TWO_TURNS), "be short", 2, None),
+    (dict(SAVED, messages=TWO_TURNS, added_later=[1]), None, 2, None),
+    (TWO_TURNS, None, 2, None),
+    ([SYSTEM] + TWO_TURNS, "be short", 2, None),
+    ([{"role": "developer", "content": "be short"}] + TWO_TURNS, "be short", 2, None),
+    ({"model": "gpt", "messages": TWO_TURNS, "stream": True}, None, 2, None),
+    ({"object": "list", "data": TWO_TURNS}, None, 2, None),
+    ([dict(TWO_TURNS[0], content=PARTS)] + TWO_TURNS[1:], None, 2, None),
+    ([dict(message, id="msg_1", name=None) for message in TWO_TURNS], None, 2, None),
+    (TWO_TURNS + [OPEN], None, 2, "three?"),
+    ([SYSTEM, OPEN], "be short", 0, "three?"),
+    ([OPEN], None, 0, "three?"),
+    ([SYSTEM], "be short", 0, None),
+    ([], None, 0, None),
+], ids=["saved", "saved with more fields", "a list", "system first", "developer first", "messages", "data",
+        "text parts", "more fields", "no last answer", "system and a question", "a question", "system alone", "empty"])
+def test_each_form_of_conversation_is_read(xeroctl, document, system, turns, question):
+    conversation, left = xeroctl.parse_conversation(json.dumps(document))
+    spoken = [("one", "eins"), ("two", "zwei")][:turns]
+    assert (conversation.system, conversation.turns, left) == (system, spoken, question)
+
+
+@pytest.mark.parametrize("document, sentence", [
+    (dict(SAVED, version=2, messages=[]), "a saved conversation of another format or version"),
+    (dict(SAVED, version="1", messages=[]), "a saved conversation of another format or version"),
+    (dict(SAVED, format="other", messages=[]), "a saved conversation of another format or version"),
+    (dict(SAVED), "no list of messages in it"),
+    ({}, "no list of messages in it"),
+    ({"messages": {"role": "user", "content": "one"}}, "no list of messages in it"),
+    ({"messages": "one"}, "no list of messages in it"),
+    ("one", "no list of messages in it"),
+    (17, "no list of messages in it"),
+    (None, "no list of messages in it"),
+    (TWO_TURNS[1:], "messages[0]: the role is 'assistant', not 'user'"),
+    ([SYSTEM] + TWO_TURNS[1:], "messages[1]: the role is 'assistant', not 'user'"),
+    (TWO_TURNS[:1] + TWO_TURNS[2:], "messages[1]: the role is 'user', not 'assistant'"),
+    (TWO_TURNS[:2] + TWO_TURNS[1:], "messages[2]: the role is 'assistant', not 'user'"),
+    ([SYSTEM, SYSTEM], "messages[1]: the role is 'system', not 'user'"),
+    (TWO_TURNS + [SYSTEM], "messages[4]: the role is 'system', not 'user'"),
+    (TWO_TURNS[:1] + [{"role": "tool", "content": "17"}], "messages[1]: the role is 'tool', not 'assistant'"),
+    ([{"content": "one"}], "messages[0]: the role is None, not 'user'"),
+    ([{"role": ["user"], "content": "one"}], "messages[0]: the role is None, not 'user'"),
+    (TWO_TURNS + [{"role": "user"}], "messages[4]: no text in it"),
+    ([{"role": "user", "content": None}], "messages[0]: no text in it"),
+    ([{"role": "user", "content": 17}], "messages[0]: no text in it"),
+    ([{"role": "user", "content": " \n"}], "messages[0]: no text in it"),
+    ([{"role": "user", "content": []}], "messages[0]: no text in it"),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+     "messages[0]: no text in it"),
+    (TWO_TURNS[:1] + [{"role": "assistant", "content": ""}], "messages[1]: no text in it"),
+    (TWO_TURNS[:2] + ["two"], "messages[2]: no text in it"),
+    ([None], "messages[0]: no text in it"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_anything_else_is_refused_with_what_is_wrong_and_where(xeroctl, document, sentence):
+    with pytest.raises(xeroctl.UsageError) as caught:
+        xeroctl.parse_conversation(json.dumps(document))
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("", "not JSON: Expecting value: line 1 column 1 (char 0)"),
+    ("hello", "not JSON: Expecting value: line 1 column 1 (char 0)"),
+    ('[\n{"role":\n]', "not JSON: Expecting value: line 3 column 1 (char 11)"),
+    ("[] []", "not JSON: Extra data: line 1 column 4 (char 3)"),
+    ("[NaN]", "not JSON: NaN is not JSON"),
+    ("[" * 200000, "not JSON: nested too deeply"),
+], ids=["empty", "text", "broken", "two", "NaN", "deep"])
+def test_what_is_not_json_is_refused_with_the_place(xeroctl, text, sentence):
+    with pytest.raises(xeroctl.UsageError) as caught:
+        xeroctl.parse_conversation(text)
+    assert str(caught.value) == sentence
+
+
+# -- The status bar --------------------------------------------------
+
+
+@pytest.mark.parametrize("model, totals, turns, expected", [
+    ("llama-3", (148, 532, True), 3, "endpoint: my-endpoint | model: llama-3 | tokens: 148/532 | msgs: 6"),
+    (None, (0, 0, True), 0, "endpoint: my-endpoint | tokens: 0/0 | msgs: 0"),
+    ("", (0, 0, True), 0, "endpoint: my-endpoint | tokens: 0/0 | msgs: 0"),
+    ("m", (9, 3, False), 1, "endpoint: my-endpoint | model: m | tokens: ~9/~3 | msgs: 2"),
+    ("a\x1b[31mb\x07\x9b\x7f\r", (0, 0, True), 0,
+     "endpoint: my-endpoint | model: a\u241b[31mb\u2407\ufffd\u2421 | tokens: 0/0 | msgs: 0"),
+], ids=["all", "no model", "an empty model", "counted", "control characters"])
+def test_the_status_bar_says_what_is_known(xeroctl, model, totals, turns, expected):
+    assert xeroctl.status_bar("my-endpoint", model, xeroctl.Totals(*totals), turns, 200) == expected
+
+
+@pytest.mark.parametrize("model, columns, expected", [
+    ("llama-3", 20, "endpoint: e | model:"),
+    ("llama-3", 1, "e"),
+    ("llama-3", 0, ""),
+    ("日本語", 22, "endpoint: e | model: "),
+    ("日本語", 23, "endpoint: e | model: 日"),
+    ("😀😀", 24, "endpoint: e | model: 😀"),
+    ("😀😀", 25, "endpoint: e | model: 😀😀"),
+    ("e\u0301e\u0301x", 23, "endpoint: e | model: e\u0301e\u0301"),
+], ids=repr)
+def test_the_status_bar_is_cut_to_the_columns(xeroctl, model, columns, expected):
+    assert xeroctl.status_bar("e", model, xeroctl.Totals(0, 0, True), 0, columns) == expected
+
+
+@pytest.mark.parametrize("model", ["a\tb", "a\nb"], ids=repr)
+def test_the_status_bar_is_one_line_without_tabs(xeroctl, model):
+    bar = xeroctl.status_bar("e", model, xeroctl.Totals(0, 0, True), 0, 80)
+    assert "\t" not in bar and "\n" not in bar
+
+
+@pytest.mark.parametrize("text, columns, expected", [
+    ("abc", 3, "abc"), ("abc", 2, "ab"), ("", 5, ""), ("日本", 3, "日"), ("日本", 4, "日本"), ("日", 1, ""),
+    ("a\u0301b", 1, "a\u0301"), ("a\u0301b", 2, "a\u0301b"), ("ａb", 2, "ａ"), ("😀!", 2, "😀"), ("é", 1, "é"),
+], ids=repr)
+def test_a_text_is_cut_between_characters(xeroctl, text, columns, expected):
+    assert xeroctl.cut(text, columns) == expected
+
+
+# -- Completion ------------------------------------------------------
+
+FOLDERS = {
+    "": ["b.json", "a b.json", ".hidden", "sub dir/", "a.json"],
+    "sub dir/": ["in side.json", "more/"],
+    "~/": ["notes one.json", ".profile"],
+    "/": ["etc/"],
+}
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("/he", ["/help"]), ("/help", ["/help"]), ("/s", ["/system ", "/save "]), ("/l", ["/load "]), ("/x", []),
+    ("", []), ("hello", []), ("/help x", []), ("/system a", []), ("/nothing a", []), (" /he", []), ("a /he", []),
+    ("/save ", ["/save a b.json", "/save a.json", "/save b.json", "/save sub dir/"]),
+    ("/save a", ["/save a b.json", "/save a.json"]),
+    ("/load a b", ["/load a b.json"]),
+    ("/load .", ["/load .hidden"]),
+    ("/load s", ["/load sub dir/"]),
+    ("/load sub dir/", ["/load sub dir/in side.json", "/load sub dir/more/"]),
+    ("/load sub dir/in s", ["/load sub dir/in side.json"]),
+    ("/load ~/", ["/load ~/notes one.json"]),
+    ("/load ~/.", ["/load ~/.profile"]),
+    ("/load /e", ["/load /etc/"]),
+    ("/load missing/", []), ("/load z", []),
+])
+def test_a_line_is_completed(xeroctl, line, expected):
+    assert xeroctl.complete_line(line, xeroctl.CHAT_COMMANDS, lambda folder: FOLDERS.get(folder, [])) == expected
+
+
+def test_a_slash_alone_offers_every_command(xeroctl):
+    lines = xeroctl.complete_line("/", xeroctl.CHAT_COMMANDS, FOLDERS.get)
+    assert [line.strip() for line in lines] == [command.name for command in xeroctl.CHAT_COMMANDS]
+
+
+def test_the_names_in_a_folder_show_which_are_folders(xeroctl, tmp_path, monkeypatch):
+    (tmp_path / "one file").write_text("")
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("", "~/", str(tmp_path) + "/"):
+        assert sorted(xeroctl.folder_names(folder)) == ["one file", "sub/"]
+    assert xeroctl.folder_names("sub/") == ["deep/"]
+    assert (xeroctl.folder_names("missing/"), xeroctl.folder_names("one file/")) == ([], [])
+
+
+# -- Line editors ----------------------------------------------------
+
+GNU = "Importing this module enables command line editing using GNU readline."
+LIBEDIT = "Importing this module enables command line editing using libedit readline."
+
+
+class FakeReadline:
+    """A readline module that records how it is set up."""
+
+    def __init__(self, doc, backend=None):
+        self.__doc__, self.bound, self.history = doc, [], []
+        if backend:
+            self.backend = backend
+
+    def parse_and_bind(self, line):
+        self.bound.append(line)
+
+    def add_history(self, entry):
+        self.history.append(entry)
+
+    def __getattr__(self, name):
+        if name.startswith("set_"):
+            return lambda value: setattr(self, "got_" + name[4:], value)
+        raise AttributeError(name)
+
+
+@pytest.fixture
+def line_editor(xeroctl, tmp_path, monkeypatch):
+    """Return the LineEditor that is made over a module in place of readline."""
+    import signal
+    from types import SimpleNamespace
+    handler = signal.getsignal(signal.SIGINT)
+
+    def line_editor(module, styled=True):
+        monkeypatch.setitem(sys.modules, "readline", module)
+        terminal = SimpleNamespace(out=SimpleNamespace(styled=styled), read_line=lambda prompt: prompt)
+        return xeroctl.LineEditor(terminal, str(tmp_path / "history"), xeroctl.CHAT_COMMANDS)
+
+    yield line_editor
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.parametrize("doc, backend, is_libedit", [
+    (GNU, None, False), (GNU, "readline", False), (LIBEDIT, None, True), (LIBEDIT, "editline", True),
+    ("", "editline", True), (None, "readline", False), (None, None, False),
+])
+def test_each_kind_of_readline_is_bound_in_its_own_language(line_editor, doc, backend, is_libedit):
+    module = FakeReadline(doc, backend)
+    editor = line_editor(module)
+    if is_libedit:
+        assert module.bound == ["bind ^I rl_complete"]
+        assert editor.read("> ") == "> "
+    else:
+        assert "tab: complete" in module.bound and "set enable-bracketed-paste on" in module.bound
+        assert not any(line.startswith("bind ") for line in module.bound)
+        assert editor.read("> ") == "\1\x1b[1m\2> \1\x1b[0m\2"
+    assert (module.got_completer_delims, module.got_auto_history) == ("", False)
+    assert [module.got_completer("/qu", state) for state in (0, 1)] == ["/quit", None]
+
+
+def test_without_colour_the_prompt_is_plain(line_editor):
+    assert line_editor(FakeReadline(GNU), styled=False).read("> ") == "> "
+
+
+def test_without_readline_a_line_is_read_all_the_same(line_editor):
+    editor = line_editor(None)
+    editor.remember("one")
+    assert editor.read("> ") == "> "
+
+
+# -- The history file ------------------------------------------------
+
+
+@pytest.fixture
+def history(tmp_path):
+    """The path of a history file, which is not there yet."""
+    return tmp_path / "state" / "xeroctl" / "history"
+
+
+def test_no_history_is_an_empty_one(xeroctl, history):
+    assert xeroctl.read_history(str(history)) == []
+
+
+def test_the_history_is_private_whatever_the_umask(xeroctl, history):
+    old = os.umask(0)
+    try:
+        xeroctl.append_history(str(history), "one")
+    finally:
+        os.umask(old)
+    assert (mode(history), mode(history.parent)) == (0o600, 0o700)
+
+
+ENTRIES = ["one", "two\nlines\n", "é 日本 😀", "tab\t\\ \"quoted\" \u2028 \x1b", " led by a space"]
+
+
+def test_entries_come_back_as_they_were(xeroctl, history):
+    for entry in ENTRIES:
+        xeroctl.append_history(str(history), entry)
+    assert xeroctl.read_history(str(history)) == ENTRIES
+    assert history.read_bytes().count(b"\n") == len(ENTRIES)
+
+
+@pytest.mark.parametrize("before, kept", [(998, 998), (999, 999), (1000, 999), (5000, 999)])
+def test_the_oldest_entries_over_a_thousand_go(xeroctl, history, before, kept):
+    history.parent.mkdir(parents=True)
+    history.write_text("".join(f'"{number}"\n' for number in range(before)))
+    xeroctl.append_history(str(history), "new")
+    expected = [str(number) for number in range(before - kept, before)] + ["new"]
+    assert xeroctl.read_history(str(history)) == expected
+    assert history.read_bytes().count(b"\n") == kept + 1
+
+
+def test_only_the_newest_thousand_of_a_longer_file_are_read(xeroctl, history):
+    history.parent.mkdir(parents=True)
+    history.write_text("".join(f'"{number}"\n' for number in range(1500)))
+    assert xeroctl.read_history(str(history)) == [str(number) for number in range(500, 1500)]
+
+
+@pytest.mark.parametrize("broken", [b"", b"not json", b'"half', b"\x00\x00\x00", b"{", b"[" * 200000],
+                         ids=["empty", "text", "half", "zeros", "brace", "deep"])
+def test_broken_lines_are_skipped(xeroctl, history, broken):
+    history.parent.mkdir(parents=True)
+    history.write_bytes(b'"one"\n' + broken + b'\n"two"\n')
+    assert xeroctl.read_history(str(history)) == ["one", "two"]
+
+
+def test_invalid_utf8_is_no_failure(xeroctl, history):
+    history.parent.mkdir(parents=True)
+    history.write_bytes(b'"one"\n"\xff\xfe"\n"two"\n')
+    assert xeroctl.read_history(str(history))[::2] == ["one", "two"]
+
+
+def test_an_entry_after_a_line_without_its_end_is_not_lost(xeroctl, history):
+    history.parent.mkdir(parents=True)
+    history.write_bytes(b'"one"\n"half of an ent')
+    xeroctl.append_history(str(history), "two")
+    assert xeroctl.read_history(str(history)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("before", [0, 900])
+def test_two_processes_at_once_lose_nothing(xeroctl, history, before):
+    history.parent.mkdir(parents=True)
+    history.write_text("".join(f'"{number}"\n' for number in range(before)))
+    code = ("import sys, xeroctl\nsys.stdin.readline()\n"
+            "for number in range(150): xeroctl.append_history(sys.argv[1], f'{sys.argv[2]} {number}')")
+    children = [subprocess.Popen([sys.executable, "-c", code, str(history), name], stdin=subprocess.PIPE,
+                                 env={**os.environ, "PYTHONPATH": str(TOP)}) for name in "ab"]
+    for child in children:
+        child.stdin.write(b"\n")
+        child.stdin.close()
+    assert [child.wait(20) for child in children] == [0, 0]
+    entries = xeroctl.read_history(str(history))
+    for name in "ab":
+        assert [entry for entry in entries if entry.startswith(name)] == [f"{name} {i}" for i in range(150)]
+    assert len(entries) == min(before + 300, 1000)
+
+
+@pytest.mark.parametrize("path", ["/dev/null/xeroctl/history", "/dev/full"])
+def test_a_history_that_cannot_be_written_is_an_oserror(xeroctl, path):
+    with pytest.raises(OSError):
+        xeroctl.append_history(path, "one")
+
+
+# -- Private files ---------------------------------------------------
+
+
+def test_a_private_file_is_its_owners_alone(xeroctl, tmp_path):
+    path = tmp_path / "a b.json"
+    old = os.umask(0)
+    try:
+        xeroctl.write_private(str(path), "é 😀\n")
+    finally:
+        os.umask(old)
+    assert (mode(path), path.read_bytes()) == (0o600, "é 😀\n".encode())
+    assert os.listdir(str(tmp_path)) == ["a b.json"]
+
+
+def test_a_file_that_others_could_read_becomes_private(xeroctl, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(0o644)
+    xeroctl.write_private(str(path), "new")
+    assert (mode(path), path.read_text()) == (0o600, "new")
+
+
+def test_a_link_stays_a_link(xeroctl, tmp_path):
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "file", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    xeroctl.write_private(str(link), "new")
+    assert link.is_symlink() and not target.is_symlink()
+    assert (target.read_text(), os.listdir(str(target.parent))) == ("new", ["file"])
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("raised, seen", [
+    (OSError(errno.ENOSPC, "No space left on device"), "UsageError"), (KeyboardInterrupt(), "KeyboardInterrupt"),
+], ids=["full disk", "interrupt"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+        xeroctl, tmp_path, monkeypatch, function, raised, seen):
+    def fail(*unused):
+        raise raised
+    path = tmp_path / "file"
+    path.write_text("old")
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(BaseException) as caught:
+        xeroctl.write_private(str(path), "new" * 10000)
+    monkeypatch.undo()
+    assert type(caught.value).__name__ == seen
+    if seen == "UsageError":
+        assert str(caught.value) == f"cannot write {path}: No space left on device"
+    assert (path.read_text(), os.listdir(str(tmp_path))) == ("old", ["file"])
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("missing/file", "No such file or directory"), ("plain/file", "Not a directory"), ("folder", "Is a directory"),
+])
+def test_a_place_that_cannot_be_written_is_named(xeroctl, tmp_path, name, reason):
+    (tmp_path / "plain").write_text("old")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(xeroctl.UsageError) as caught:
+        xeroctl.write_private(str(tmp_path / name), "new")
+    assert str(caught.value) == f"cannot write {tmp_path / name}: {reason}"
+    assert sorted(os.listdir(str(tmp_path))) == ["folder", "plain"]
