@@ -149,9 +149,9 @@ Settings = namedtuple("Settings", "endpoint base_url api_key output timeout conn
 Request = namedtuple("Request", "method url headers body streamed")
 Event = namedtuple("Event", "name data")
 Delta = namedtuple("Delta", "text reasoning")
-Usage = namedtuple("Usage", "prompt completion total cached reasoning")
+Usage = namedtuple("Usage", "prompt completion total cached reasoning")  # None: not told
 Reply = namedtuple("Reply", "text id model finish_reason usage chunks seconds first_token_seconds")
-Response = namedtuple("Response", "status headers chunks")
+Response = namedtuple("Response", "status headers chunks through")
 Totals = namedtuple("Totals", "prompt completion exact")
 ChatCommand = namedtuple("ChatCommand", "name argument run summary")
 
@@ -470,11 +470,8 @@ def content_text(message):
         content = "".join(field(part, "text", str) or "" for part in content)
     return content
 
-def parse_usage(document):
-    """Return the Usage in a reply or chunk, None for each number the server did not send."""
-    usage = field(document, "usage", dict)
-    if usage is None:
-        return None
+def parse_usage(usage):
+    """Return the Usage that the object *usage* of a reply or chunk tells."""
     return Usage(field(usage, "prompt_tokens", int), field(usage, "completion_tokens", int),
                  field(usage, "total_tokens", int),
                  field(field(usage, "prompt_tokens_details", dict), "cached_tokens", int),
@@ -490,14 +487,18 @@ class ReplyBuilder:
         self.begun = False  # a token came, be it of the answer or of the reasoning
         self.finish_reason = None
         self._text = bytearray()  # UTF-8: a list of 100,000 small strings would weigh 6 MB
-        self.id = self.model = self.usage = None
+        self.id = self.model = None
+        self.usage = parse_usage(None)
         self.chunks = 0
 
     def add(self, document):
         """Take in one chunk or reply, of whatever shape, and return its Delta."""
         self.id = field(document, "id", str) or self.id
         self.model = field(document, "model", str) or self.model
-        self.usage = parse_usage(document) or self.usage
+        usage = field(document, "usage", dict)
+        if usage:  # a later chunk may tell more, and does not take back
+            self.usage = Usage(*(old if new is None else new
+                                 for old, new in zip(self.usage, parse_usage(usage))))
         for choice in field(document, "choices", list) or ():
             if isinstance(choice, dict) and choice.get("index") in (0, None):
                 break
@@ -550,7 +551,8 @@ def error_sentence(document, depth=4):
         sentence = found and error_sentence(found, depth - 1)
         if sentence:
             where = field(document, "loc", list)  # FastAPI's: the path of the field it refuses
-            return ".".join(map(str, where)) + ": " + sentence if where else sentence
+            path = ".".join(str(part) for part in where or () if isinstance(part, (str, int)))
+            return f"{path}: {sentence}" if path else sentence
     return ""
 
 def is_error(document):
@@ -596,18 +598,19 @@ _HINTS = {
     429: "wait, or raise --retries",
 }
 
-def build_error(document, status, headers, api_key):
+def build_error(document, status, headers, api_key, through=""):
     """Return the error that *document* describes: parsed JSON, or text for anything else.
 
     *status* is the HTTP status; for an error inside a stream it is 200, and the document's own
-    number, if it has one, takes its place.  *api_key* was sent, and is not to be repeated.
+    number, if it has one, takes its place.  *api_key* was sent, and is not to be repeated;
+    *through* names a proxy, which may be who speaks.
     """
     details = field(document, "error", dict) or document
     claimed = field(details, "code", int) or field(details, "status", int) or 0
     effective = claimed if status == 200 and 400 <= claimed <= 599 else status
     code = error_code(document, effective)
     request_id = headers.get("X-Request-ID")
-    place = f"HTTP {status}" if status != 200 else "error in the reply"
+    place = (f"HTTP {status}" if status != 200 else "error in the reply") + through
     named = ", ".join(filter(None, [code, request_id and "request " + request_id]))
     sentence = " ".join(redacted(error_sentence(document), api_key).split())[:MAX_ERROR_CHARACTERS]
     hint = _HINTS.get(effective)
@@ -620,7 +623,7 @@ def build_error(document, status, headers, api_key):
                 retryable=effective in (408, 409, 429) or 500 <= effective <= 599,
                 retry_after=retry_after_seconds(headers, details))
 
-def parse_error(data, status, headers, api_key):
+def parse_error(data, status, headers, api_key, through=""):
     """Return the error that a response of HTTP *status* with the body *data* stands for."""
     text = data.decode("utf-8", "replace").strip()
     if 300 <= status <= 399:
@@ -630,7 +633,7 @@ def parse_error(data, status, headers, api_key):
         document = parse_json(text)
     except ValueError:
         document = "the answer is an HTML page" if text.startswith("<") else text
-    return build_error(document, status, headers, api_key)
+    return build_error(document, status, headers, api_key, through)
 
 def retry_delay(attempt, retry_after, jitter):
     """Return the seconds to wait before try number *attempt* + 1; *jitter* is from 0 to 1.
@@ -741,7 +744,7 @@ def finish_notice(reply):
 def footer_line(reply):
     """Return the throughput line of a streamed reply; a count of chunks is marked ~."""
     tokens, mark = reply.chunks, "~"
-    if reply.usage and reply.usage.completion is not None:
+    if reply.usage.completion is not None:
         tokens, mark = reply.usage.completion, ""
     rate = tokens / max(reply.seconds, 1e-9)
     return f"-- {mark}{tokens} tokens in {reply.seconds:.1f}s ({mark}{rate:.1f} tok/s)"
@@ -765,14 +768,11 @@ def status_bar(endpoint, model, totals, turns, columns):
     """Return the line above the prompt, cut to *columns*."""
     parts = [f"endpoint: {endpoint}"] + ([f"model: {model}"] if model else [])
     parts += [token_counts(totals, "tokens: {prompt}/{completion}"), f"msgs: {2 * turns}"]
-    return cut(printable(" | ".join(parts)), columns)
+    return cut(printable(" ".join(" | ".join(parts).split())), columns)
 
 def usage_fields(reply, streamed):
     """Return the (name, value) pairs of what the server said about *reply*."""
-    usage = reply.usage or Usage(None, None, None, None, None)
-    pairs = [("prompt_tokens", usage.prompt), ("completion_tokens", usage.completion),
-             ("total_tokens", usage.total), ("cached_tokens", usage.cached),
-             ("reasoning_tokens", usage.reasoning)]
+    pairs = [(name + "_tokens", value) for name, value in zip(Usage._fields, reply.usage)]
     if streamed and reply.first_token_seconds is not None:
         pairs.append(("first_token_seconds", round(reply.first_token_seconds, 3)))
     if streamed:
@@ -786,7 +786,8 @@ def xdg_path(environ, variable, default, name):
     """Return the path of xeroctl's file *name* (XDG Base Directory), which need not exist."""
     folder = environ.get(variable) or ""
     if not os.path.isabs(folder):
-        folder = os.path.join(os.path.expanduser("~"), default)
+        home = os.path.expanduser("~")  # as it stands where a user has no home at all
+        folder = os.path.join(home if os.path.isabs(home) else "/nonexistent", default)
     return os.path.join(folder, "xeroctl", name)
 
 def config_path(environ):
@@ -845,10 +846,11 @@ def write_private(path, text):
 def read_history(path):
     """Return the newest entries of the history file *path*, the oldest first."""
     entries = []
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                entries.append(str(json.loads(line)))
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    entries.append(str(parse_json(line)))
     return entries[-MAX_HISTORY_ENTRIES:]
 
 def append_history(path, entry):
@@ -862,14 +864,15 @@ def append_history(path, entry):
         with contextlib.suppress(ImportError):  # not POSIX
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX)
-        lines = file.readlines()
+        lines = file.readlines() if os.path.isfile(path) else []
+        if lines and not lines[-1].endswith(b"\n"):  # a write that did not come to its end
+            file.write(b"\n")
         lines.append(json.dumps(entry).encode() + b"\n")
         if len(lines) > MAX_HISTORY_ENTRIES:
             file.truncate(0)
-            lines = lines[-MAX_HISTORY_ENTRIES:]
+            file.write(b"".join(lines[-MAX_HISTORY_ENTRIES:]))
         else:
-            lines = lines[-1:]
-        file.write(b"".join(lines))
+            file.write(lines[-1])
 
 # -- Transport --------------------------------------------------------------------------------
 
@@ -949,7 +952,7 @@ def connect_error(error, place, seconds):
         message = f"{place} refused the connection: is the server running?"
     elif reason == "WRONG_VERSION_NUMBER":
         message = f"no TLS at {place}: is it an http:// address?"
-    elif reason or "certificate" in str(error).lower():
+    elif reason or "Certificate" in type(error).__name__:
         message = (f"TLS with {place} failed: {getattr(error, 'verify_message', '') or error}: "
                    "for an authority of your own give --cacert FILE or set SSL_CERT_FILE")
     else:
@@ -970,7 +973,7 @@ def exchange_error(error, place, seconds, begun):
     if begun or isinstance(error, http.client.IncompleteRead):
         return CutShortError(f"the reply was cut short: {place} closed the connection",
                              retryable=broken)
-    if isinstance(error, http.client.HTTPException) and not broken:
+    if isinstance(error, (http.client.HTTPException, ValueError)) and not broken:
         return ServerError(f"{place} does not speak HTTP: {type(error).__name__}")
     return NetworkError(f"{place} closed the connection without an answer", retryable=broken)
 
@@ -1052,7 +1055,7 @@ def response_chunks(response, place, seconds):
             data = response.read1(min(missing or READ_BYTES, READ_BYTES))
             if not data and missing:
                 raise http.client.IncompleteRead(b"")
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a length < 0
             raise exchange_error(error, place, seconds, begun) from error
         if not data:
             return
@@ -1073,9 +1076,10 @@ def open_response(request, settings, trace):
     from urllib.parse import urlsplit
 
     proxy = find_proxy(request.url)
-    place = urlsplit(request.url).netloc
+    place, through = urlsplit(request.url).netloc, ""
     if proxy:
         place = "the proxy " + proxy.netloc.rpartition("@")[2]
+        through = " through " + place
     try:
         response = send_request(request, settings, place, proxy, trace)
     except (OSError, http.client.HTTPException) as error:  # a URLError is an OSError around another
@@ -1090,7 +1094,7 @@ def open_response(request, settings, trace):
         chunks = response_chunks(response, place, settings.timeout)
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
             chunks = inflated(chunks)
-        yield Response(response.status, response.headers, chunks)
+        yield Response(response.status, response.headers, chunks, through)
 
 # -- Terminal ---------------------------------------------------------------------------------
 
@@ -1233,6 +1237,18 @@ class Terminal:
         if not line:
             raise EOFError
         return line
+
+    def set_echo(self, on):
+        """Show what is typed, or keep it off the screen until the next prompt shows it."""
+        try:
+            import termios
+        except ImportError:  # not POSIX
+            return
+        with contextlib.suppress(termios.error):
+            if self.err.in_foreground():
+                mode = termios.tcgetattr(self._stdin)
+                mode[3] = mode[3] | termios.ECHO if on else mode[3] & ~termios.ECHO
+                termios.tcsetattr(self._stdin, termios.TCSANOW, mode)
 
     def spinner(self):
         """Return a Spinner on stderr, for a with statement."""
@@ -1389,7 +1405,7 @@ def stream_documents(chunks):
                 yield event_document(event)
     raise CutShortError("the reply was cut short: the stream ended before its end")
 
-def whole_document(chunks):
+def whole_document(chunks, through):
     """Yield the one document that *chunks* are; raise ServerError where they are not JSON."""
     data = bytearray()
     for chunk in chunks:
@@ -1400,7 +1416,7 @@ def whole_document(chunks):
         yield parse_json(data.decode("utf-8-sig"))
     except ValueError as error:
         what = "an HTML page" if data.lstrip().startswith(b"<") else "not JSON" if data else "empty"
-        raise ServerError(f"the reply is {what}: check the base URL") from error
+        raise ServerError(f"the reply{through} is {what}: check the base URL") from error
 
 def documents(response, streamed):
     """Yield each JSON document of *response*: the chunks of a stream, or the one that it is.
@@ -1413,7 +1429,7 @@ def documents(response, streamed):
     looks_whole = "json" in kind or first.lstrip()[:1] in (b"{", b"<")
     if "event-stream" in kind or streamed and not looks_whole:
         return stream_documents(chunks)
-    return whole_document(chunks)
+    return whole_document(chunks, response.through)
 
 def exchange(request, settings, trace, renderer, builder, spinner):
     """Send *request* once, show the answer as it comes, and return the Reply."""
@@ -1421,7 +1437,7 @@ def exchange(request, settings, trace, renderer, builder, spinner):
     with open_response(request, settings, trace) as response:
         if not 200 <= response.status <= 299:
             raise parse_error(read_error_body(response.chunks), response.status,
-                              response.headers, settings.api_key)
+                              response.headers, settings.api_key, response.through)
         try:
             for document in documents(response, request.streamed):
                 if is_error(document):
@@ -1664,15 +1680,21 @@ def send(chat, question, turns):
     builder, renderer = ReplyBuilder(), TextRenderer(chat.terminal, True)
     reply = None
     try:
+        if chat.typed_at:
+            chat.terminal.set_echo(False)
         reply = ask(request, chat.settings, chat.terminal, renderer, builder)
     except KeyboardInterrupt:
+        if not chat.typed_at:
+            raise
         if not builder.text:
             show(chat, "stopped: Up brings the question back")
     finally:
+        if chat.typed_at:
+            chat.terminal.set_echo(True)
         if builder.text.strip():
             chat.conversation.turns = context.turns + [(question, builder.text)]
             chat.unsaved = True
-        usage = builder.usage or Usage(None, None, None, None, None)
+        usage = builder.usage
         chat.model = chat.options.model or builder.model or chat.model
         chat.totals = Totals(
             chat.totals.prompt + (usage.prompt or 0),
@@ -1736,8 +1758,9 @@ def do_save(chat, argument):
 def do_load(chat, argument):
     """Replace the conversation, once the file is found good."""
     path = file_argument(argument)
+    data = read_file(path)
     try:
-        conversation, question = parse_conversation(decode_prompt(read_file(path), path))
+        conversation, question = parse_conversation(decode_prompt(data, "it"))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     chat.conversation, chat.unsaved = conversation, False
@@ -1834,7 +1857,11 @@ def read_input(chat):
             chat.terminal.err.width()), dim=True)
     line = chat.editor.read("> ")
     while line.endswith("\\"):
-        line = line[:-1] + "\n" + chat.editor.read(". ")
+        try:
+            line = line[:-1] + "\n" + chat.editor.read(". ")
+        except (KeyboardInterrupt, EOFError):
+            chat.editor.remember(line)
+            raise
     return line
 
 def chat_loop(chat, first):
@@ -1852,9 +1879,10 @@ def chat_loop(chat, first):
         except EOFError:
             break
         except KeyboardInterrupt:
-            if not reading:
-                continue
-            show(chat, "" if chat.editor.abandoned else "\nCtrl+D or /quit ends the session")
+            if not chat.typed_at:
+                raise
+            if reading:
+                show(chat, "" if chat.editor.abandoned else "\nCtrl+D or /quit ends the session")
         except OutputError:
             raise
         except XeroctlError as error:
@@ -1943,8 +1971,11 @@ class Parser(argparse.ArgumentParser):
     """A parser that reports a wrong command line as a UsageError and takes no abbreviations."""
 
     def __init__(self, **options):
-        super().__init__(add_help=False, allow_abbrev=False, **options)
+        super().__init__(add_help=False, **options)
         self.color = False  # Python 3.14 would colour the help
+
+    def _get_option_tuples(self, option_string):  # allow_abbrev=False forbids -qv too before 3.8
+        return [] if option_string.startswith("--") else super()._get_option_tuples(option_string)
 
     def error(self, message):
         raise UsageError(f"{message}: see {self.prog} --help")
@@ -2090,7 +2121,8 @@ def run(arguments, terminal):
     if not options.command:
         raise UsageError("no command: see xeroctl --help")
     if unknown:
-        raise UsageError(f"unknown: {' '.join(unknown)}: see xeroctl {options.command} --help")
+        name = unknown[0].partition("=")[0]  # what follows may be a key
+        raise UsageError(f"unknown option or argument: {name}: see xeroctl {options.command} --help")
     if options.needs_endpoint and not options.endpoint and not options.demo:
         raise UsageError("no endpoint: give --endpoint SLUG, or --demo to try without one")
     terminal.quiet, terminal.verbose = options.quiet, options.verbose

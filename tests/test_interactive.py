@@ -1,0 +1,702 @@
+"""The interactive chat as a person meets it at a terminal, and as a script does through pipes."""
+
+import contextlib
+import ctypes.util
+import json
+import os
+import random
+import re
+import signal
+import stat
+import subprocess
+from threading import Event
+
+import pytest
+
+from loopback import DONE, USAGE, Gate, Hold, Reset, chunk, json_response, sse, stream, stream_head
+from terminal import screen
+
+PROMPT = re.compile(rb"[\r\n](?:\x1b\[\?2004h)?(?:\x1b\[1m)?> (?:\x1b\[0m)?")
+MORE = re.compile(rb"[\r\n](?:\x1b\[\?2004h)?(?:\x1b\[1m)?\. (?:\x1b\[0m)?")
+UP, DOWN, LEFT = "\x1b[A", "\x1b[B", "\x1b[D"
+HEL = sse(chunk("Hel"))
+LO = sse(chunk("lo", finish="stop"), chunk(usage=USAGE, choices=[]), DONE)
+PLAIN_C = {"LC_ALL": "C", "LANG": None, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+TURN = [("user", "one"), ("assistant", "eins")]
+CODE = "def f():\n\tif True:\n\t\treturn 'é 😀'\n\nprint(f())"
+
+
+def answer(text="Hello!", **more):
+    return stream(chunk(text, **more), chunk(finish="stop"), chunk(usage=USAGE, choices=[]), DONE)
+
+
+def failure(status="500 Broken", message="boom"):
+    return json_response({"error": {"message": message}}, status)
+
+
+def options(server, *more):
+    return ("chat", "-i", "--endpoint", "my-endpoint", "--base-url", server.url + "/v1", "--retries", "0", *more)
+
+
+def said(server, count):
+    """Return the (role, content) pairs of request number *count*, counted from 1."""
+    return [(message["role"], message["content"]) for message in server.requests[count - 1].json["messages"]]
+
+
+def well_formed(pairs):
+    roles = [role for role, _ in pairs]
+    roles = roles[1:] if roles[:1] == ["system"] else roles
+    expected = ["user", "assistant"] * len(roles)
+    return roles == expected[:len(roles)] and len(roles) % 2 == 1 and all(content.strip() for _, content in pairs)
+
+
+def enter(child, text, columns=80):
+    """Type *text* and Enter, wait for the next prompt, and return the lines that came between."""
+    start = len(child.output)
+    child.send(text + "\r")
+    child.expect(PROMPT)
+    return screen(child.output[start:], columns, 100)[1:-2]
+
+
+def interrupt(child, *expected):
+    """Press Ctrl+C until *expected* comes: one just before Python waits for a key is seen with the next key."""
+    for timeout in (1, 1, 10):
+        child.send("\x03")
+        with contextlib.suppress(AssertionError) if timeout == 1 else contextlib.ExitStack():
+            for pattern in expected:
+                child.expect(pattern, timeout)
+            return
+
+
+def leave(child, keys="/quit\r", status=0):
+    child.send(keys)
+    assert child.finish() == status
+    for complaint in (b"Warning", b"Exception ignored", b"\x01", b"\x02"):
+        assert complaint not in child.output
+
+
+@pytest.fixture
+def talk(terminal, server):
+    """Start a chat at a terminal and wait for its first prompt."""
+    def talk(*more, **how):
+        child = terminal(*options(server, *more), **how)
+        child.expect(PROMPT)
+        return child
+    return talk
+
+
+@pytest.fixture
+def pipe(run, server):
+    """Run a chat on pipes; return its status, the text of its stdout, the lines of its stderr."""
+    def pipe(text, *more, **how):
+        data = text if isinstance(text, bytes) else text.encode()
+        result = run(*options(server, *more), stdin=data, **how)
+        return result.status, result.stdout.decode(), result.stderr.decode().splitlines()
+    return pipe
+
+
+@pytest.fixture
+def state(env):
+    """The folder where xeroctl keeps its state."""
+    return os.path.join(env["HOME"], ".local", "state", "xeroctl")
+
+
+def recovered(state):
+    names = os.listdir(state) if os.path.isdir(state) else []
+    return [os.path.join(state, name) for name in names if name.startswith("recovered-")]
+
+
+def program(path, text):
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return str(path)
+
+
+# -- The loop --------------------------------------------------------
+
+
+def test_the_whole_conversation_is_sent_each_turn_and_streamed(talk, server):
+    server.script(answer("eins"), answer("zwei\n"))
+    child = talk("--system", "be short", "--temperature", "0", "--seed", "7")
+    assert enter(child, "one")[0] == "eins"
+    assert enter(child, "two")[0] == "zwei"
+    leave(child)
+    assert server.requests[1].json == {
+        "model": "my-endpoint", "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 4096,
+        "temperature": 0, "seed": 7, "messages": [
+            {"role": "system", "content": "be short"}, {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "eins"}, {"role": "user", "content": "two"}],
+    }
+
+
+def test_the_message_option_is_the_first_turn(talk, server, tmp_path):
+    (tmp_path / "persona.txt").write_text("be kind\n")
+    server.script(answer("eins"), answer())
+    child = talk("-m", "one", "--from-file", str(tmp_path / "persona.txt"), "--max-tokens", "5", "--model", "llama")
+    enter(child, "two")
+    leave(child)
+    body = server.requests[1].json
+    assert said(server, 2) == [("system", "be kind")] + TURN + [("user", "two")]
+    assert (body["max_tokens"], body["model"]) == (5, "llama")
+
+
+@pytest.mark.parametrize("more", [("-o", "json"), ("--dry-run",), ("-o", "json", "-m", "Hi")])
+def test_what_goes_with_one_answer_only_is_refused(pipe, more):
+    status, out, lines = pipe("one\n", *more)
+    assert (status, out, len(lines)) == (2, "", 1)
+    assert "--interactive" in lines[0]
+
+
+def test_the_practice_endpoint_can_be_talked_to(terminal):
+    child = terminal("chat", "--interactive", "--demo")
+    child.expect(PROMPT)
+    assert "You wrote: Hi" in "\n".join(enter(child, "Hi"))
+    assert b"endpoint: demo | model: practice | tokens: 1/" in child.output
+    leave(child)
+
+
+# -- Bar and prompt --------------------------------------------------
+
+
+def test_the_bar_tells_endpoint_model_tokens_and_messages(talk, server):
+    server.script(answer(), stream(chunk("no usage", finish="stop"), DONE))
+    child = talk()
+    enter(child, "one")
+    enter(child, "two")
+    leave(child, "\x04")
+    bars = re.findall(r"\x1b\[2m(endpoint: .*?)\x1b\[0m\r\n", child.output.decode())
+    assert bars == [
+        "endpoint: my-endpoint | tokens: 0/0 | msgs: 0",
+        "endpoint: my-endpoint | model: test-model | tokens: 9/3 | msgs: 2",
+        "endpoint: my-endpoint | model: test-model | tokens: ~9/~4 | msgs: 4",
+    ]
+
+
+def test_a_narrow_terminal_gets_a_cut_bar_and_a_prompt_whose_colour_has_no_width(talk, server):
+    server.script(answer())
+    child = talk(columns=20)
+    assert screen(child.output, 20) == ["endpoint: my-endpoin", ">"]
+    assert b"\x1b[1m> \x1b[0m" in child.output
+    child.send("abcdefghijklmnopqrstuvwxyz\x01X")
+    child.send("\r")
+    child.expect(PROMPT)
+    assert screen(child.output, 20)[1:4] == ["> Xabcdefghijklmnopq", "rstuvwxyz", "Hello!"]
+    assert said(server, 1) == [("user", "Xabcdefghijklmnopqrstuvwxyz")]
+    leave(child)
+
+
+def test_wide_characters_in_a_narrow_prompt_line_arrive_whole(talk, server):
+    server.script(answer("日本語" * 5))
+    child = talk(columns=20)
+    enter(child, "日本語日本語日本語😀é\x01e\u0301\x05!", 20)
+    leave(child)
+    assert said(server, 1) == [("user", "e\u0301日本語日本語日本語😀é!")]
+
+
+@pytest.mark.parametrize("model", ["a\tb" * 9, "日本" * 20, "\x1b[31mred\r\n"], ids=repr)
+def test_no_model_name_makes_the_bar_wrap(talk, server, model):
+    server.script(answer(model=model))
+    child = talk(columns=40)
+    enter(child, "one", 40)
+    shown = screen(child.output, 40)
+    assert [line[:8] for line in shown[-3:]] == [shown[-3][:8], "endpoint", ">"]
+    assert shown[-3].startswith("-- 3 tokens")
+    leave(child)
+
+
+@pytest.mark.parametrize("changes, pattern", [({"NO_COLOR": "1"}, rb"\x1b\[[\d;]*m"), ({"TERM": "dumb"}, rb"\x1b")])
+def test_nothing_is_coloured_where_colour_is_not_wanted(talk, server, changes, pattern):
+    server.script(answer())
+    child = talk(env=changes)
+    assert enter(child, "one")[0] == "Hello!"
+    leave(child)
+    assert not re.search(pattern, child.output)
+
+
+# -- The line editor -------------------------------------------------
+
+
+def test_the_keys_of_the_manual_edit_the_line(talk, server):
+    server.always(answer())
+    child = talk()
+    for keys in ("world\x01hello \x05!", "junk\x15good", "gooddrunk" + 5 * LEFT + "\x0b", "good \x01\x05junk\x17"):
+        enter(child, keys)
+    enter(child, UP + UP + UP + DOWN)
+    leave(child)
+    contents = [said(server, count)[-1][1] for count in range(1, 6)]
+    assert contents == ["hello world!", "good", "good", "good", "good"]
+
+
+def test_tab_completes_commands_and_file_names(talk, server, env, tmp_path):
+    saved = json.dumps([{"role": role, "content": content} for role, content in TURN])
+    (tmp_path / "my chat.json").write_text(saved)
+    (tmp_path / "home" / "at home.json").write_text(saved)
+    child = talk(cwd=str(tmp_path))
+    assert "loaded 2 messages from my chat.json" in enter(child, "/lo\tmy\t")[-1]
+    assert f"loaded 2 messages from {env['HOME']}/at home.json" in "".join(enter(child, "/load ~/at\t"))
+    assert enter(child, "/tok\t")[-1].startswith("tokens: ")
+    leave(child, "/q\t\r")
+
+
+def test_history_lasts_across_sessions_and_is_private(talk, server, state):
+    server.always(answer())
+    for keys in ("first", UP):
+        child = talk()
+        enter(child, keys)
+        leave(child, "\x04")
+    assert [said(server, 2), stat.S_IMODE(os.stat(state + "/history").st_mode)] == [[("user", "first")], 0o600]
+    assert stat.S_IMODE(os.stat(state).st_mode) == 0o700
+
+
+def test_a_history_entry_of_many_lines_comes_back_whole(talk, server):
+    server.always(answer())
+    child = talk()
+    enter(child, f"\x1b[200~{CODE}\x1b[201~")
+    leave(child, "\x04")
+    child = talk()
+    enter(child, UP)
+    leave(child)
+    assert said(server, 2) == [("user", CODE)]
+
+
+def test_a_history_that_cannot_be_kept_draws_one_notice(talk, server):
+    server.always(answer())
+    child = talk(env={"XDG_STATE_HOME": "/dev/null/state"})
+    for keys in ("one", "two", UP + UP):
+        enter(child, keys)
+    leave(child)
+    assert child.output.count(b"no history") == 1
+    assert said(server, 3)[-1] == ("user", "one")
+
+
+@pytest.mark.parametrize("place", ["history", "load"])
+def test_a_nul_character_in_an_old_question_is_no_crash(talk, server, state, tmp_path, place):
+    os.makedirs(state)
+    if place == "history":
+        with open(state + "/history", "w") as file:
+            file.write('"a\\u0000b"\n"fine"\n')
+    (tmp_path / "open.json").write_text(json.dumps([{"role": "user", "content": "a\0b"}]))
+    child = talk()
+    if place == "load":
+        enter(child, f"/load {tmp_path}/open.json")
+    leave(child)
+
+
+@pytest.mark.parametrize("changes", [{"LC_ALL": "C"}, PLAIN_C, {"LC_ALL": "C.UTF-8"}], ids=["C", "bare C", "UTF-8"])
+def test_what_is_typed_is_utf8_in_every_locale(talk, server, changes):
+    server.always(answer("ä 😀"))
+    child = talk(env=changes)
+    enter(child, "héllo 日本 😀")
+    enter(child, UP)
+    leave(child)
+    assert [said(server, count)[-1][1] for count in (1, 2)] == ["héllo 日本 😀"] * 2
+
+
+def test_a_file_name_that_the_locale_cannot_hold_is_no_crash(pipe, server, tmp_path):
+    server.script(answer())
+    status, out, lines = pipe("one\n/save é.json\n/load é.json\n", env=PLAIN_C, cwd=str(tmp_path))
+    assert (status, out) == (0, "Hello!\n")
+    assert os.listdir(os.fsencode(str(tmp_path))).count("é.json".encode()) == 1
+
+
+def test_everything_else_works_without_readline(talk, server, tmp_path):
+    (tmp_path / "readline.py").write_text("raise ImportError('no readline here')\n")
+    server.script(answer("eins"), answer())
+    child = talk(env={"PYTHONPATH": str(tmp_path)})
+    assert enter(child, "one")[0] == "eins"
+    interrupt(child, "/quit", PROMPT)
+    child.send("two\\\r")
+    child.expect(MORE)
+    enter(child, "lines")
+    leave(child, "\x04")
+    assert said(server, 2) == TURN + [("user", "two\nlines")]
+
+
+def test_libedit_serves_as_well(interpreter, talk, server):
+    library = ctypes.util.find_library("edit")
+    env = {"LD_PRELOAD": library or ""}
+    probe = "import readline; print('libedit' in readline.__doc__)"
+    if not library or subprocess.run([interpreter, "-c", probe], env=env, stdout=subprocess.PIPE).stdout != b"True\n":
+        pytest.skip("libedit cannot take readline's place here")
+    server.always(answer())
+    child = talk(env=env)
+    enter(child, "one")
+    child.send(UP)
+    child.expect("one")
+    enter(child, "")
+    child.send("/tok\t\r")
+    child.expect("messages: 4")
+    child.expect(PROMPT)
+    leave(child)
+    assert said(server, 2)[-1] == ("user", "one")
+    assert b"\x01" not in child.output
+
+
+# -- Messages of many lines ------------------------------------------
+
+
+@pytest.mark.parametrize("pasted", [
+    CODE, CODE.replace("\n", "\r"), "/help\nis no command here", "one\n\ntwo\n"], ids=repr)
+def test_a_pasted_block_is_one_message(talk, server, pasted):
+    server.always(answer())
+    child = talk()
+    enter(child, f"\x1b[200~{' ' * (pasted[0] == '/')}{pasted}\x1b[201~")
+    leave(child)
+    assert (len(server.requests), said(server, 1)) == (1, [("user", pasted.replace("\r", "\n").strip())])
+
+
+def test_a_backslash_continues_the_message(talk, server):
+    server.script(answer())
+    child = talk()
+    for line in ("one\\", "two \\"):
+        child.send(line + "\r")
+        child.expect(MORE)
+    enter(child, "three")
+    leave(child)
+    assert said(server, 1) == [("user", "one\ntwo \nthree")]
+
+
+@pytest.mark.parametrize("variables", [("EDITOR",), ("VISUAL",)])
+def test_an_editor_writes_the_message_into_a_private_file(talk, server, tmp_path, variables):
+    editor = program(tmp_path / "my-ed", 'stat -c %a "$1" >"$MODE"; cat "$1" >>"$MODE"; printf "one\\ntwo é\\n" >"$1"')
+    server.script(answer())
+    env = {"EDITOR": "false", "MODE": str(tmp_path / "mode"), **{name: editor for name in variables}}
+    child = talk(env=env)
+    assert enter(child, "/edit a draft")[0] == "Hello!"
+    leave(child)
+    assert said(server, 1) == [("user", "one\ntwo é")]
+    assert (tmp_path / "mode").read_text() == "600\na draft"
+
+
+@pytest.mark.parametrize("editor", ["false", "true", "/no/such/editor", "'"])
+def test_an_editor_that_fails_sends_nothing(talk, server, editor):
+    child = talk(env={"EDITOR": editor})
+    assert enter(child, "/edit")[0].startswith("xeroctl: ")
+    leave(child)
+    assert server.requests == []
+
+
+# -- Slash commands --------------------------------------------------
+
+
+def test_help_lists_every_command_and_key(pipe, xeroctl):
+    status, out, lines = pipe("/help\n")
+    for name in [command.name for command in xeroctl.CHAT_COMMANDS] + [
+            "Up", "Down", "Tab", "Ctrl+A", "Ctrl+E", "Ctrl+U", "Ctrl+K", "Ctrl+W", "Ctrl+C", "Ctrl+D"]:
+        assert any(re.search(r"(?:^|\s|,)" + re.escape(name) + r"\b", line) for line in lines), name
+    assert (status, out) == (0, "")
+
+
+def test_clear_keeps_the_system_message(pipe, server):
+    server.always(answer("eins"))
+    pipe("one\n/clear\ntwo\n", "--system", "be short")
+    assert said(server, 2) == [("system", "be short"), ("user", "two")]
+
+
+def test_the_system_message_is_shown_and_set(pipe, server):
+    server.always(answer("eins"))
+    lines = pipe("/system\none\n/system be kind\ntwo\n/system\n")[2]
+    assert (lines[0], lines[-2]) == ("system: none", "system: be kind")
+    assert said(server, 2) == [("system", "be kind")] + TURN + [("user", "two")]
+
+
+def test_a_conversation_is_saved_without_the_key_and_loaded(pipe, server, tmp_path):
+    server.always(answer("eins"))
+    path = tmp_path / "my chat.json"
+    status, out, lines = pipe(f"one\n/save {path}\n/clear\n/load {path}\ntwo\n/save {path}\n",
+                              "--api-key", "xero_secret_key", "--system", "s")
+    assert (status, out, said(server, 2)) == (0, "eins\neins\n", [("system", "s")] + TURN + [("user", "two")])
+    document = json.loads(path.read_text())
+    assert {**document, "saved_at": 0, "messages": len(document["messages"])} == {
+        "format": "xeroctl-conversation", "version": 1, "endpoint": "my-endpoint", "model": "test-model",
+        "saved_at": 0, "messages": 5}
+    assert (stat.S_IMODE(path.stat().st_mode), "secret" in path.read_text()) == (0o600, False)
+
+
+@pytest.mark.parametrize("content", [b"my diary\n", b"[]", b'{"messages": []}', b"\xff", b""], ids=repr)
+def test_a_file_that_is_no_saved_conversation_is_not_overwritten(pipe, tmp_path, content):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    status, out, lines = pipe(f"/save {path}\n")
+    assert (status, out, path.read_bytes()) == (2, "", content)
+    assert str(path) in lines[0]
+
+
+@pytest.mark.parametrize("argument", ["", "/dev/null/x", "missing/x", ".", "a\0b"], ids=repr)
+@pytest.mark.parametrize("name", ["/save", "/load"])
+def test_a_file_name_that_does_not_work_is_one_line(pipe, tmp_path, name, argument):
+    status, out, lines = pipe(f"{name} {argument}\n", cwd=str(tmp_path))
+    assert (status, out, len(lines)) == (2, "", 2)
+    assert lines[0].startswith("xeroctl: ")
+
+
+def test_a_bad_file_changes_nothing_and_says_where_it_is_bad(pipe, server, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps([{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]))
+    server.always(answer("eins"))
+    status, _, lines = pipe(f"one\n/load {path}\ntwo\n", "--system", "s")
+    assert f"xeroctl: {path}: messages[1]: the role is 'user', not 'assistant'" in lines
+    assert (status, said(server, 2)) == (2, [("system", "s")] + TURN + [("user", "two")])
+
+
+def test_a_loaded_question_without_an_answer_is_back_with_up(talk, server, tmp_path):
+    messages = [{"role": role, "content": content} for role, content in TURN + [("user", "two")]]
+    (tmp_path / "f.json").write_text(json.dumps({"messages": messages}))
+    server.script(answer())
+    child = talk(cwd=str(tmp_path))
+    enter(child, "/load f.json")
+    enter(child, UP)
+    leave(child)
+    assert said(server, 1) == TURN + [("user", "two")]
+
+
+def test_tokens_outlive_clear_load_and_undo(pipe, server):
+    server.always(answer("eins"))
+    lines = pipe("one\ntwo\n/undo\n/clear\n/tokens\n")[2]
+    assert lines[-2] == lines[-1] == "tokens: 18 prompt, 6 completion; messages: 0"
+
+
+def test_retry_replaces_the_answer_and_keeps_the_old_one_when_it_fails(pipe, server):
+    server.script(answer("eins"), failure(), answer("two"), answer("EINS"), answer())
+    status, out, _ = pipe("one\n/retry\ntwo\n/undo\n/retry\nthree\n")
+    assert (status, out) == (5, "eins\ntwo\nEINS\nHello!\n")
+    assert said(server, 2) == [("user", "one")]
+    assert said(server, 3) == TURN + [("user", "two")]
+    assert said(server, 5) == [("user", "one"), ("assistant", "EINS"), ("user", "three")]
+
+
+@pytest.mark.parametrize("name", ["/retry", "/undo", "/edit"])
+def test_a_command_that_has_nothing_to_work_on_is_one_line(pipe, name):
+    status, out, lines = pipe(name + "\n")
+    assert (status, out, len(lines)) == (2, "", 2)
+
+
+@pytest.mark.parametrize("line, nearest", [
+    ("/hlep", "/help"), ("/sav x", "/save"), ("/exit", "/edit"), ("/Quit", "/quit"), ("/", None),
+    ("/etc/passwd", None)])
+def test_an_unknown_command_is_never_sent_and_names_the_nearest(pipe, server, line, nearest):
+    status, out, lines = pipe(line + "\n")
+    assert (status, out, server.requests) == (2, "", [])
+    assert (nearest or "/") in lines[0].split("mean")[1] and "space" in lines[0]
+
+
+def test_a_leading_space_sends_a_line_that_looks_like_a_command(pipe, server):
+    server.script(answer())
+    assert pipe(" /etc/passwd is what?\n")[:2] == (0, "Hello!\n")
+    assert said(server, 1) == [("user", "/etc/passwd is what?")]
+
+
+# -- Interrupts and ends ---------------------------------------------
+
+
+def test_ctrl_c_at_an_empty_prompt_says_how_to_leave(talk, server):
+    child = talk()
+    interrupt(child, "/quit", PROMPT)
+    leave(child)
+
+
+def test_ctrl_c_at_a_prompt_drops_the_line(talk, server):
+    server.script(answer())
+    child = talk()
+    child.send("junk")
+    child.expect("junk")
+    interrupt(child, PROMPT)
+    enter(child, "one")
+    leave(child)
+    assert said(server, 1) == [("user", "one")]
+
+
+def test_ctrl_c_before_the_first_token_takes_the_question_back(talk, server):
+    server.script(answer("eins"), Hold(), answer())
+    child = talk()
+    enter(child, "one")
+    child.send("two\r")
+    server.wait_requests(2)
+    child.send("\x03")
+    child.expect(PROMPT, timeout=5)
+    assert server.gone[1].wait(5)
+    enter(child, UP)
+    leave(child)
+    assert said(server, 3) == TURN + [("user", "two")]
+
+
+def test_ctrl_c_in_a_reply_keeps_what_came(talk, server):
+    server.script([stream_head(), HEL, Hold()], answer())
+    child = talk()
+    child.send("one\r")
+    child.expect("Hel")
+    child.send("\x03")
+    child.expect(PROMPT, timeout=5)
+    assert server.gone[0].wait(5)
+    enter(child, "two")
+    leave(child)
+    assert said(server, 2) == [("user", "one"), ("assistant", "Hel"), ("user", "two")]
+
+
+@pytest.mark.parametrize("keys", ["\x04", "/quit\r"], ids=["Ctrl+D", "/quit"])
+def test_the_end_prints_the_totals_on_a_line_of_their_own(talk, server, keys, state):
+    server.script(answer())
+    child = talk()
+    enter(child, "one")
+    leave(child, keys)
+    assert screen(child.output)[-1] == "tokens: 9 prompt, 3 completion; messages: 2"
+    assert recovered(state) == []
+
+
+ENDS = {"SIGTERM": 143, "SIGHUP": 129, "hangup": 129}
+
+
+def end(child, how):
+    """End the chat.  A signal that comes just before Python waits for a key is seen with the next one: repeat it."""
+    if how == "hangup":
+        child.hangup()
+    while how != "hangup" and child.process.poll() is None:
+        child.signal(getattr(signal, how))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.process.wait(0.5)
+    assert child.finish() == ENDS[how]
+
+
+@pytest.mark.parametrize("partial", [False, True], ids=["prompt", "reply"])
+@pytest.mark.parametrize("how", sorted(ENDS))
+def test_an_unsaved_conversation_outlives_a_signal(talk, pipe, server, state, how, partial):
+    server.script(answer("eins"), [stream_head(), HEL, Hold()] if partial else answer("Hel"), answer())
+    child = talk()
+    enter(child, "one")
+    if partial:
+        child.send("two\r")
+        child.expect("Hel")
+    else:
+        enter(child, "two")
+    end(child, how)
+    [path] = recovered(state)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    if how != "hangup":
+        assert path in "".join(screen(child.output)).replace(" ", "") or path.encode() in child.output
+    assert pipe(f"/load {path}\nthree\n")[0] == 0
+    assert said(server, 3) == TURN + [("user", "two"), ("assistant", "Hel"), ("user", "three")]
+
+
+@pytest.mark.parametrize("how", sorted(ENDS))
+@pytest.mark.parametrize("lines", [(), ("one", "/save saved.json"), ("one", "/clear")], ids=["new", "saved", "cleared"])
+def test_nothing_is_recovered_where_nothing_is_unsaved(talk, server, state, tmp_path, how, lines):
+    server.always(answer())
+    child = talk(cwd=str(tmp_path))
+    for line in lines:
+        enter(child, line)
+    end(child, how)
+    assert recovered(state) == []
+
+
+def test_a_lost_conversation_is_said_to_be_lost(talk, server):
+    server.script(answer())
+    child = talk(env={"XDG_STATE_HOME": "/dev/null/state"})
+    enter(child, "one")
+    end(child, "SIGTERM")
+    assert b"lost" in child.output
+
+
+# -- Failures --------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, kept", [
+    ([failure()], []), ([failure("401 No")], []), ([Reset()], []), ([b"junk\r\n\r\n"], []),
+    ([stream_head()], []),
+    ([stream_head(), HEL, sse({"error": {"message": "bad"}})], [("user", "two"), ("assistant", "Hel")]),
+    ([stream_head(), HEL], [("user", "two"), ("assistant", "Hel")]),
+    ([stream_head(), sse(chunk("  ")), Reset()], []),
+    ([answer("")], []),
+], ids=["500", "401", "reset", "junk", "no events", "error in the stream", "cut short", "blanks", "empty"])
+def test_a_failure_keeps_the_chat_alive_and_its_messages_well_formed(talk, server, script, kept):
+    server.script(answer("eins"), script, answer())
+    child = talk()
+    enter(child, "one")
+    enter(child, "two")
+    assert enter(child, "three")[0] == "Hello!"
+    leave(child)
+    assert said(server, 3) == TURN + kept + [("user", "three")]
+
+
+def test_a_resize_in_a_reply_breaks_nothing(talk, server):
+    gate = Event()
+    server.script([stream_head(), HEL, Gate(gate), LO], answer())
+    child = talk()
+    child.send("one\r")
+    child.expect("Hel")
+    child.resize(20, 10)
+    gate.set()
+    child.expect("lo")
+    child.expect(PROMPT)
+    assert b"\x1b[2mendpoint: my-endpoin\x1b[0m\r\n" in child.output
+    child.send("x" * 30 + "\r")
+    child.expect(PROMPT)
+    leave(child)
+    assert said(server, 2)[1:] == [("assistant", "Hello"), ("user", "x" * 30)]
+
+
+# -- Pipes -----------------------------------------------------------
+
+
+def test_each_line_of_a_pipe_is_a_turn_and_stdout_is_the_answers(pipe, server):
+    server.script(answer("eins"), answer("zwei\n"), answer("é 😀"))
+    status, out, lines = pipe("one\n\n   \ntwo\r\nthree", "--quiet")
+    assert (status, out, lines) == (0, "eins\nzwei\né 😀\n", [])
+    assert said(server, 3) == TURN + [("user", "two"), ("assistant", "zwei\n"), ("user", "three")]
+
+
+def test_a_pipe_gets_no_bar_and_no_prompt(pipe, server):
+    server.script(answer())
+    status, out, lines = pipe("one\n")
+    assert re.fullmatch(r"-- 3 tokens in .*\ntokens: 9 prompt, 3 completion; messages: 2", "\n".join(lines))
+
+
+def test_the_first_failure_decides_the_status_once_all_lines_were_tried(pipe, server):
+    server.script(failure("429 Slow"), answer("zwei"), failure(), answer("vier"))
+    status, out, _ = pipe("one\ntwo\nthree\nfour\n")
+    assert (status, out) == (7, "zwei\nvier\n")
+    assert said(server, 4) == [("user", "two"), ("assistant", "zwei"), ("user", "four")]
+
+
+def test_a_line_that_is_not_utf8_is_one_failed_turn(pipe, server):
+    server.script(answer())
+    status, out, lines = pipe(b"caf\xe9\ntwo\n")
+    assert (status, out, said(server, 1)) == (2, "Hello!\n", [("user", "two")])
+    assert "UTF-8" in lines[0]
+
+
+def test_a_pipe_ends_at_quit_and_leaves_no_history(pipe, server, state):
+    server.script(answer())
+    assert pipe("one\n/quit\ntwo\n")[:2] == (0, "Hello!\n")
+    assert not os.path.exists(state)
+
+
+def test_ctrl_c_while_a_pipe_is_silent_ends_the_chat(start, server):
+    server.script(answer())
+    child = start(*options(server))
+    child.send(b"one\n")
+    child.expect("Hello!\n")
+    child.signal(signal.SIGINT)
+    assert child.finish().status == 130
+
+
+def test_with_stdout_in_a_pipe_the_prompt_goes_to_stderr(talk, server):
+    server.script(answer("eins"), answer("zwei"))
+    child = talk(stdout=subprocess.PIPE)
+    enter(child, "one")
+    enter(child, "two")
+    leave(child, "\x04")
+    assert (child.stdout, said(server, 2)) == (b"eins\nzwei\n", TURN + [("user", "two")])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_happens_each_request_is_well_formed(pipe, server, tmp_path, seed):
+    dice = random.Random(seed)
+    path = tmp_path / "saved.json"
+    scripts = [[answer("yes")], [failure()], [Reset()], [stream_head(), HEL], [stream_head(), sse(chunk(" "))],
+               [stream_head(), HEL, sse({"error": "bad"})], [answer("")], [answer("\n")]]
+    lines = ["/undo", "/retry", "/clear", f"/save {path}", f"/load {path}", "/system be kind", "/system", "/nonsense"]
+    server.script(*(dice.choice(scripts) if dice.random() < 0.6 else answer("ok") for _ in range(80)))
+    pipe("".join((dice.choice(lines) if dice.random() < 0.5 else f"question {n}") + "\n" for n in range(80)))
+    assert len(server.requests) > 20
+    for count in range(1, len(server.requests) + 1):
+        assert well_formed(said(server, count)), said(server, count)
