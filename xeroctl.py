@@ -146,6 +146,7 @@ class Terminated(BaseException):
 Config = namedtuple("Config", "path current deployments")
 Settings = namedtuple("Settings", "endpoint base_url api_key output timeout connect_timeout "
                                   "retries cacert notices")
+Sampling = namedtuple("Sampling", "model fields headers")  # what chat's options add to a request
 Request = namedtuple("Request", "method url headers body streamed")
 Event = namedtuple("Event", "name data")
 Delta = namedtuple("Delta", "text reasoning")
@@ -323,13 +324,14 @@ def resolve_settings(options, environ, config):
 
 # -- Requests ---------------------------------------------------------------------------------
 
-def build_body(model, messages, fields, stream):
-    """Return the body of a chat completion request: what the user set, and nothing else."""
-    body = {"model": model, "messages": messages, "stream": stream}
-    if stream:
-        body["stream_options"] = {"include_usage": True}
-    body.update(fields)
-    return body
+def build_sampling(options):
+    """Return the Sampling that the options of chat ask for: what the user set, and nothing else."""
+    fields = {name: getattr(options, name) for name in BODY_OPTIONS
+              if getattr(options, name) is not None}
+    fields.update(options.param)
+    targets = (("X-SLO-TTFT-Ms", options.slo_ttft), ("X-SLO-TPOT-Ms", options.slo_tpot))
+    return Sampling(options.model, fields,
+                    [(name, str(value)) for name, value in targets if value is not None])
 
 def build_request(method, url, settings, body=None, headers=()):
     """Return the Request that sends *body*, a JSON document or None, to *url*."""
@@ -345,15 +347,14 @@ def build_request(method, url, settings, body=None, headers=()):
         common.append(("Authorization", "Bearer " + settings.api_key))
     return Request(method, url, common + list(headers), data, streamed)
 
-def build_chat_request(options, settings, messages, stream):
-    """Return the Request that asks for the completion of *messages*."""
-    fields = {name: getattr(options, name) for name in BODY_OPTIONS
-              if getattr(options, name) is not None}
-    fields.update(options.param)
-    body = build_body(options.model or settings.endpoint, messages, fields, stream)
-    targets = [("X-SLO-TTFT-Ms", options.slo_ttft), ("X-SLO-TPOT-Ms", options.slo_tpot)]
-    return build_request("POST", chat_url(settings.base_url, settings.endpoint), settings, body,
-                         [(name, str(value)) for name, value in targets if value is not None])
+def build_chat_request(sampling, settings, messages, stream):
+    """Return the Request for the completion of *messages*."""
+    body = {"model": sampling.model or settings.endpoint, "messages": messages, "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    body.update(sampling.fields)
+    url = chat_url(settings.base_url, settings.endpoint)
+    return build_request("POST", url, settings, body, sampling.headers)
 
 def redacted(text, api_key):
     """Return *text* without the key, unless that is too short to be told from other words."""
@@ -687,7 +688,7 @@ def parse_conversation(text):
     if isinstance(document, dict):
         if document.get("format", CONVERSATION_FORMAT) != CONVERSATION_FORMAT or \
                 document.get("version", CONVERSATION_VERSION) != CONVERSATION_VERSION:
-            raise UsageError("a saved conversation of another format or version")
+            raise UsageError(f"not format {CONVERSATION_FORMAT!r}, version {CONVERSATION_VERSION}")
         document = document.get("messages", document.get("data"))
     if not isinstance(document, list):
         raise UsageError("no list of messages in it")
@@ -697,6 +698,8 @@ def parse_conversation(text):
         wanted = ("user", "assistant")[len(spoken) % 2]
         if not content.strip():
             raise UsageError(f"messages[{place}]: no text in it")
+        if not all(field(part, "text", str) for part in field(message, "content", list) or ()):
+            raise UsageError(f"messages[{place}]: a part of it is no text")
         if place == 0 and role in ("system", "developer"):
             system = content
         elif role == wanted:
@@ -797,6 +800,12 @@ def config_path(environ):
 def state_path(environ, name):
     """Return the path of the file *name* that xeroctl itself keeps."""
     return xdg_path(environ, "XDG_STATE_HOME", os.path.join(".local", "state"), name)
+
+def native_path(text):
+    """Return the file name *text* as this Python's functions for files want it in this locale."""
+    if not text or "\0" in text:
+        raise UsageError("a file name is needed")
+    return os.path.expanduser(os.fsdecode(text.encode("utf-8", "surrogateescape")))
 
 def read_file(path):
     """Return the bytes of the file *path*; raise UsageError where it cannot be read."""
@@ -1107,8 +1116,8 @@ class Output:
     def __init__(self, stream, environ):
         self._fd = stream.fileno() if stream else None
         self.is_terminal = bool(stream) and stream.isatty()
-        self.styled = bool(self.is_terminal and not environ.get("NO_COLOR")
-                           and (environ.get("TERM") or "dumb") != "dumb")
+        self.dumb = not self.is_terminal or (environ.get("TERM") or "dumb") == "dumb"
+        self.styled = not self.dumb and not environ.get("NO_COLOR")
         self._encoding = stream.encoding if self.is_terminal else "utf-8"
 
     def write(self, text, errors="replace"):
@@ -1362,15 +1371,15 @@ class JsonRenderer:
         self._held, self.begun = None, True
         self._terminal.answer(line + "\n", "backslashreplace")  # a lone surrogate as its escape
 
-def report_reply(reply, options, terminal):
-    """Tell on stderr how *reply* ended and what it took, as far as *options* ask for it."""
+def report_reply(reply, streamed, show_usage, terminal):
+    """Tell on stderr how *reply* ended and what it took."""
     notice = finish_notice(reply)
     if notice:
         terminal.notice(notice)
-    if options.stream and not terminal.json and not options.quiet:
+    if streamed and not terminal.json and not terminal.quiet:
         terminal.say(footer_line(reply), dim=True)
-    if options.show_usage:
-        terminal.report("token_usage", usage_fields(reply, options.stream))
+    if show_usage:
+        terminal.report("token_usage", usage_fields(reply, streamed))
 
 # -- Exchange ---------------------------------------------------------------------------------
 
@@ -1476,14 +1485,15 @@ def ask(request, settings, terminal, renderer, builder):
         try:
             with terminal.spinner() as spinner:
                 return exchange(request, settings, terminal.trace, renderer, builder, spinner)
-        except XeroctlError as error:
-            begun = builder.begun or renderer.begun
-            if begun or not error.retryable or attempt > settings.retries:
-                raise
-            pause(error, retry_delay(attempt, error.retry_after, random()), terminal)
-        finally:
+        except BaseException as error:
             if renderer.begun:
-                renderer.finish()
+                with contextlib.suppress(OSError, OutputError):  # what happened first counts
+                    renderer.finish()
+            elif not builder.begun and attempt <= settings.retries and getattr(
+                    error, "retryable", False):
+                pause(error, retry_delay(attempt, error.retry_after, random()), terminal)
+                continue
+            raise
 
 # -- Practice endpoint ------------------------------------------------------------------------
 
@@ -1612,7 +1622,8 @@ class LineEditor:
             readline.parse_and_bind("bind ^I rl_complete")
         else:
             readline.parse_and_bind("tab: complete")
-            readline.parse_and_bind("set enable-bracketed-paste on")
+            if not terminal.out.dumb:
+                readline.parse_and_bind("set enable-bracketed-paste on")
             if terminal.out.styled:  # \1 and \2 tell readline that what they enclose has no width
                 self._before, self._after = "\1\x1b[1m\2", "\1\x1b[0m\2"
         for entry in read_history(history_path):
@@ -1639,8 +1650,9 @@ class LineEditor:
                 self._history_path = None
 
     def _recall(self, entry):
-        if self._readline:  # which takes only what the locale can hold, bytes in disguise too
-            self._readline.add_history(os.fsdecode(entry.encode("utf-8", "replace")))
+        if self._readline:  # which wants no NUL, and in any locale takes bytes in disguise
+            data = entry.replace("\0", "").encode("utf-8", "replace")
+            self._readline.add_history(data.decode("ascii", "surrogateescape"))
 
     def _interrupt(self, number, frame):
         self.abandoned = self._readline.get_line_buffer()  # which readline is about to forget
@@ -1654,13 +1666,13 @@ class LineEditor:
 class Chat:
     """One interactive session: the conversation, its totals, and what every command may use."""
 
-    def __init__(self, options, settings, terminal, commands, conversation):
-        self.options, self.settings, self.terminal = options, settings, terminal
-        self.commands, self.conversation = commands, conversation
+    def __init__(self, sampling, settings, terminal, commands, conversation, show_usage):
+        self.sampling, self.settings, self.terminal = sampling, settings, terminal
+        self.commands, self.conversation, self.show_usage = commands, conversation, show_usage
         self.typed_at = terminal.is_typed_at()
         self.editor = LineEditor(
             terminal, state_path(os.environ, "history"), commands) if self.typed_at else None
-        self.model = options.model
+        self.model = sampling.model
         self.totals = Totals(0, 0, True)
         self.unsaved = False
         self.running = True
@@ -1676,7 +1688,7 @@ def send(chat, question, turns):
     Where no answer came it stays as it is.
     """
     context = Conversation(chat.conversation.system, turns)
-    request = build_chat_request(chat.options, chat.settings, context.messages(question), True)
+    request = build_chat_request(chat.sampling, chat.settings, context.messages(question), True)
     builder, renderer = ReplyBuilder(), TextRenderer(chat.terminal, True)
     reply = None
     try:
@@ -1695,20 +1707,14 @@ def send(chat, question, turns):
             chat.conversation.turns = context.turns + [(question, builder.text)]
             chat.unsaved = True
         usage = builder.usage
-        chat.model = chat.options.model or builder.model or chat.model
+        chat.model = chat.sampling.model or builder.model or chat.model
         chat.totals = Totals(
             chat.totals.prompt + (usage.prompt or 0),
             chat.totals.completion
             + (builder.chunks if usage.completion is None else usage.completion),
             chat.totals.exact and (usage.completion is not None or not builder.begun))
     if reply:
-        report_reply(reply, chat.options, chat.terminal)
-
-def file_argument(argument):
-    """Return the path that the *argument* of a command names; raise UsageError for none."""
-    if not argument:
-        raise UsageError("a file name is needed")
-    return os.path.expanduser(argument)
+        report_reply(reply, True, chat.show_usage, chat.terminal)
 
 def save(chat, path):
     """Write the conversation to the file *path*."""
@@ -1744,20 +1750,19 @@ def do_system(chat, argument):
 
 def do_save(chat, argument):
     """Save the conversation, over nothing but a saved conversation."""
-    path = file_argument(argument)
+    path = native_path(argument)
     if os.path.lexists(path):
-        try:
-            ours = field(parse_json(read_file(path).decode("utf-8")), "format", str)
-        except ValueError:
-            ours = None
-        if ours != CONVERSATION_FORMAT:
+        found = None
+        with contextlib.suppress(ValueError):
+            found = os.path.isfile(path) and parse_json(read_file(path).decode("utf-8"))
+        if field(found, "format", str) != CONVERSATION_FORMAT:
             raise UsageError(f"{path} is there, and no saved conversation: choose another name")
     save(chat, path)
     show(chat, f"saved {2 * len(chat.conversation.turns)} messages to {path}")
 
 def do_load(chat, argument):
     """Replace the conversation, once the file is found good."""
-    path = file_argument(argument)
+    path = native_path(argument)
     data = read_file(path)
     try:
         conversation, question = parse_conversation(decode_prompt(data, "it"))
@@ -1786,6 +1791,7 @@ def do_undo(chat, argument):
     if not chat.conversation.turns:
         raise UsageError("nothing to take back")
     question, _ = chat.conversation.turns.pop()
+    chat.unsaved = bool(chat.conversation.turns)
     show(chat, "took back: " + cut(" ".join(question.split()), 60))
 
 def do_edit(chat, argument):
@@ -1834,7 +1840,7 @@ def handle(chat, line):
     if chat.editor:
         chat.editor.remember(line)
     if not line.startswith("/"):
-        send(chat, line.strip(), chat.conversation.turns)
+        send(chat, line[line.startswith(" /"):], chat.conversation.turns)
         return
     name, _, argument = line.partition(" ")
     for command in chat.commands:
@@ -1851,7 +1857,7 @@ def read_input(chat):
     """Return what the person types next, or the next line of a pipe; raise EOFError at the end."""
     if not chat.typed_at:
         return decode_prompt(chat.terminal.read_piped_line(), "standard input")
-    if not chat.options.quiet:
+    if not chat.terminal.quiet:
         chat.terminal.say(status_bar(
             chat.settings.endpoint, chat.model, chat.totals, len(chat.conversation.turns),
             chat.terminal.err.width()), dim=True)
@@ -1877,6 +1883,8 @@ def chat_loop(chat, first):
             reading = False
             handle(chat, line)
         except EOFError:
+            if chat.typed_at and not chat.terminal.is_typed_at():  # the terminal was closed
+                raise Terminated(signal.SIGHUP) from None
             break
         except KeyboardInterrupt:
             if not chat.typed_at:
@@ -1928,18 +1936,22 @@ def run_interactive(options, settings, terminal):
     """Hold a conversation until its end; keep it where it would be lost."""
     if options.dry_run or options.output == "json":
         raise UsageError("--interactive goes with neither --dry-run nor -o json")
-    terminal.json, options.stream = False, True
-    options.max_tokens = options.max_tokens or DEFAULT_INTERACTIVE_MAX_TOKENS
+    terminal.json = False  # which the config file may ask for
+    sampling = build_sampling(options)
+    sampling.fields.setdefault("max_tokens", DEFAULT_INTERACTIVE_MAX_TOKENS)
     first = first_message(options, terminal) if options.message is not None else None
-    chat = Chat(options, settings, terminal, CHAT_COMMANDS, Conversation(system_prompt(options)))
+    if first and first.startswith("/"):
+        first = " " + first  # a message, whatever it looks like
+    chat = Chat(sampling, settings, terminal, CHAT_COMMANDS, Conversation(system_prompt(options)),
+                options.show_usage)
     try:
         status = chat_loop(chat, first)
+        if not terminal.quiet:
+            do_tokens(chat, "")
     except BaseException:
         if chat.unsaved:
             keep(chat)
         raise
-    if not options.quiet:
-        do_tokens(chat, "")
     return status
 
 def run_chat(options, settings, terminal):
@@ -1947,13 +1959,13 @@ def run_chat(options, settings, terminal):
     if options.interactive:
         return run_interactive(options, settings, terminal)
     messages = Conversation(system_prompt(options)).messages(first_message(options, terminal))
-    request = build_chat_request(options, settings, messages, options.stream)
+    request = build_chat_request(build_sampling(options), settings, messages, options.stream)
     if options.dry_run:
         terminal.answer(curl_line(request, settings) + "\n")
         return EXIT_OK
     renderer = (JsonRenderer if terminal.json else TextRenderer)(terminal, options.stream)
     reply = ask(request, settings, terminal, renderer, ReplyBuilder())
-    report_reply(reply, options, terminal)
+    report_reply(reply, options.stream, options.show_usage, terminal)
     return EXIT_OK
 
 # -- Command line -----------------------------------------------------------------------------
@@ -1985,10 +1997,6 @@ def plain(text):
     if not text or printable(text) != text or "\n" in text:
         raise argparse.ArgumentTypeError(f"empty, or with a control character in it: {text!r}")
     return text
-
-def path(text):
-    """Return the file name *text* as this Python's functions for files want it."""
-    return os.fsdecode(plain(text).encode("utf-8", "surrogateescape"))
 
 def slug(text):
     """Return *text* if it is an endpoint's name, which cannot climb out of its place in a path."""
@@ -2044,7 +2052,7 @@ def add_global_options(parser):
         help=f"limit for silence once connected (default: {DEFAULT_TIMEOUT_SECONDS})")
     add("--retries", metavar="N", type=number(0, 1000, int),
         help=f"further tries after a failure that may pass (default: {DEFAULT_RETRIES})")
-    add("--cacert", metavar="FILE", type=path, help="trust the authorities in this PEM file")
+    add("--cacert", metavar="FILE", type=native_path, help="trust the authorities in this PEM file")
     add("--dry-run", action="store_true", help="print the request as a curl command; send nothing")
     add("-q", "--quiet", action="store_true", help="no spinner, notes or throughput line")
     add("-v", "--verbose", action="store_true", help="show the HTTP exchange on stderr")
@@ -2063,7 +2071,7 @@ def add_chat(commands):
     add("-m", "--message", metavar="TEXT", type=typed_text,
         help="what to say; '-', or no -m, reads it from standard input")
     add("--system", metavar="TEXT", type=typed_text, help="system message")
-    add("--from-file", metavar="FILE", type=path, help="system message from a file; beats --system")
+    add("--from-file", metavar="FILE", type=native_path, help="system message from a file; beats --system")
     add("--model", metavar="NAME", type=plain, help="model name to send (default: the endpoint)")
     add("--max-tokens", metavar="N", type=positive, help="limit for the answer, in tokens")
     add("--temperature", metavar="X", type=number(0, 2), help="sampling temperature, 0 to 2")
