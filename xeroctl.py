@@ -1840,7 +1840,7 @@ def handle(chat, line):
     if chat.editor:
         chat.editor.remember(line)
     if not line.startswith("/"):
-        send(chat, line[line.startswith(" /"):], chat.conversation.turns)
+        send(chat, line[line.startswith(" /"):].rstrip(), chat.conversation.turns)
         return
     name, _, argument = line.partition(" ")
     for command in chat.commands:

@@ -96,9 +96,9 @@ def test_each_form_of_conversation_is_read(xeroctl, document, system, turns, que
 
 
 @pytest.mark.parametrize("document, sentence", [
-    (dict(SAVED, version=2, messages=[]), "a saved conversation of another format or version"),
-    (dict(SAVED, version="1", messages=[]), "a saved conversation of another format or version"),
-    (dict(SAVED, format="other", messages=[]), "a saved conversation of another format or version"),
+    (dict(SAVED, version=2, messages=[]), "not format 'xeroctl-conversation', version 1"),
+    (dict(SAVED, version="1", messages=[]), "not format 'xeroctl-conversation', version 1"),
+    (dict(SAVED, format="other", messages=[]), "not format 'xeroctl-conversation', version 1"),
     (dict(SAVED), "no list of messages in it"),
     ({}, "no list of messages in it"),
     ({"messages": {"role": "user", "content": "one"}}, "no list of messages in it"),
@@ -269,7 +269,7 @@ def line_editor(xeroctl, tmp_path, monkeypatch):
 
     def line_editor(module, styled=True):
         monkeypatch.setitem(sys.modules, "readline", module)
-        terminal = SimpleNamespace(out=SimpleNamespace(styled=styled), read_line=lambda prompt: prompt)
+        terminal = SimpleNamespace(out=SimpleNamespace(styled=styled, dumb=False), read_line=lambda prompt: prompt)
         return xeroctl.LineEditor(terminal, str(tmp_path / "history"), xeroctl.CHAT_COMMANDS)
 
     yield line_editor

@@ -151,12 +151,12 @@ def test_a_document_of_a_wrong_shape_adds_nothing(xeroctl, document):
 def test_usage_of_a_wrong_shape_is_no_number(xeroctl, value):
     usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), value)
     usage.update(prompt_tokens_details={"cached_tokens": value}, completion_tokens_details=value)
-    assert set(xeroctl.parse_usage({"usage": usage})) == {None}
+    assert set(xeroctl.parse_usage(usage)) == {None}
 
 
 def test_zero_tokens_are_a_number(xeroctl):
     usage = {"prompt_tokens": 0, "prompt_tokens_details": {"cached_tokens": 0}}
-    assert xeroctl.parse_usage({"usage": usage}) == (0, None, None, 0, None)
+    assert xeroctl.parse_usage(usage) == (0, None, None, 0, None)
 
 
 @pytest.mark.parametrize("documents, text, reason", [

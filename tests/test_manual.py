@@ -17,7 +17,7 @@ PAGE = MANUAL.read_text(encoding="utf-8")
 GUIDE = README.read_text(encoding="utf-8")
 
 OTHER_PROGRAMS_VARIABLES = {
-    "HOME", "XDG_CONFIG_HOME", "NO_COLOR", "TERM", "SSL_CERT_FILE", "SSL_CERT_DIR",
+    "HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "VISUAL", "EDITOR", "NO_COLOR", "TERM", "SSL_CERT_FILE", "SSL_CERT_DIR",
     "http_proxy", "https_proxy", "all_proxy", "no_proxy",
 }
 INTERRUPTED = 130  # by a signal, so no constant
