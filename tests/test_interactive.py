@@ -13,6 +13,7 @@ from threading import Event
 
 import pytest
 
+from conftest import XEROCTL
 from loopback import DONE, USAGE, Gate, Hold, Reset, chunk, json_response, sse, stream, stream_head
 from terminal import screen
 
@@ -127,6 +128,12 @@ def test_the_whole_conversation_is_sent_each_turn_and_streamed(talk, server):
             {"role": "system", "content": "be short"}, {"role": "user", "content": "one"},
             {"role": "assistant", "content": "eins"}, {"role": "user", "content": "two"}],
     }
+
+
+def test_the_first_turn_is_a_message_whatever_it_looks_like(talk, server):
+    server.script(answer())
+    leave(talk("-m", "/help"))
+    assert said(server, 1) == [("user", "/help")]
 
 
 def test_the_message_option_is_the_first_turn(talk, server, tmp_path):
@@ -518,6 +525,53 @@ def test_ctrl_c_before_the_first_token_takes_the_question_back(talk, server):
     enter(child, UP)
     leave(child)
     assert said(server, 3) == TURN + [("user", "two")]
+
+
+def test_keys_typed_during_a_reply_wait_for_the_next_prompt(talk, server):
+    gate = Event()
+    server.script([stream_head(), HEL, Gate(gate), LO], answer())
+    child = talk()
+    child.send("one\r")
+    child.expect("Hel")
+    child.send("typed ahead")
+    gate.set()
+    child.expect(PROMPT)
+    assert screen(child.output)[2] == "Hello"
+    child.expect("typed ahead")
+    leave(child, "\r/quit\r")
+    assert said(server, 2)[2:] == [("user", "typed ahead")]
+
+
+def test_ctrl_c_in_a_continued_message_leaves_its_start_in_the_history(talk, server):
+    child = talk()
+    child.send("one\\\r")
+    child.expect(MORE)
+    interrupt(child, PROMPT)
+    child.send(UP)
+    child.expect("one")
+    child.send("\x15")
+    leave(child)
+
+
+def test_ctrl_c_while_a_pipe_is_answered_ends_the_chat(start, server):
+    server.script([stream_head(), HEL, Hold()])
+    child = start(*options(server))
+    child.send(b"one\ntwo\n")
+    child.expect("Hel")
+    child.signal(signal.SIGINT)
+    result = child.finish()
+    assert (result.status, result.stdout) == (130, b"Hel\n")
+
+
+def test_our_own_crash_keeps_the_conversation_and_shows_its_traceback(interpreter, server, env, state, tmp_path):
+    server.script(answer("eins"))
+    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import xeroctl\n"
+            "xeroctl.footer_line = None\nsys.exit(xeroctl.main())")
+    done = subprocess.run([interpreter, "-c", code, str(XEROCTL.parent), *options(server)], input=b"one\n", env=env,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+    assert (done.returncode, done.stdout) == (1, b"eins\n")
+    assert b"Traceback" in done.stderr and b"the conversation is kept: /load " in done.stderr
+    assert len(recovered(state)) == 1
 
 
 def test_ctrl_c_in_a_reply_keeps_what_came(talk, server):
