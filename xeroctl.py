@@ -488,6 +488,7 @@ class ReplyBuilder:
         self.begun = False  # a token came, be it of the answer or of the reasoning
         self.finish_reason = None
         self._text = bytearray()  # UTF-8: a list of 100,000 small strings would weigh 6 MB
+        self._half = ""  # of a surrogate pair that the server split over two chunks
         self.id = self.model = None
         self.usage = parse_usage(None)
         self.chunks = 0
@@ -507,11 +508,13 @@ class ReplyBuilder:
             return Delta("", False)
         self.finish_reason = field(choice, "finish_reason", str) or self.finish_reason
         message = field(choice, "delta", dict) or field(choice, "message", dict)
-        text = content_text(message)
+        text = self._half + content_text(message)
+        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        text = whole_text(text[:len(text) - len(self._half)])
         reasoning = bool(field(message, "reasoning_content", str)
                          or field(message, "reasoning", str))
         if text:
-            self._text += text.encode("utf-8", "surrogatepass")
+            self._text += text.encode("utf-8")
             self.chunks += 1
         self.begun = self.begun or reasoning or bool(text)
         return Delta(text, reasoning)
@@ -519,7 +522,7 @@ class ReplyBuilder:
     @property
     def text(self):
         """The text that arrived so far."""
-        return whole_text(self._text.decode("utf-8", "surrogatepass"))
+        return self._text.decode("utf-8")
 
     def reply(self, seconds, first_token_seconds):
         """Return what arrived as a Reply that took *seconds*."""
@@ -1166,8 +1169,10 @@ class Spinner:
             self._stopped = threading.Event()
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
-            with contextlib.suppress(AttributeError, ValueError):  # not POSIX, not the main thread
-                signal.signal(signal.SIGTSTP, self._suspend)
+            suspend = getattr(signal, "SIGTSTP", None)  # POSIX
+            self._suspendable = suspend and signal.getsignal(suspend) == signal.SIG_DFL
+            if self._suspendable:
+                signal.signal(suspend, self._suspend)
         return self
 
     def __exit__(self, *exception):
@@ -1183,7 +1188,7 @@ class Spinner:
             self._stopped.set()
             self._thread.join()
             self._thread = None
-            with contextlib.suppress(AttributeError, ValueError):
+            if self._suspendable:
                 signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             if self._drawn:
                 self._draw("")
@@ -1382,15 +1387,6 @@ def report_reply(reply, streamed, show_usage, terminal):
         terminal.report("token_usage", usage_fields(reply, streamed))
 
 # -- Exchange ---------------------------------------------------------------------------------
-
-def read_body(chunks, limit):
-    """Return the bytes of *chunks*, no more than *limit*."""
-    data = bytearray()
-    for chunk in chunks:
-        data += chunk
-        if len(data) >= limit:
-            break
-    return bytes(data[:limit])
 
 def read_error_body(chunks):
     """Return the first bytes of an error's body, as far as they came."""
