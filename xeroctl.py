@@ -32,7 +32,6 @@ The file reads bottom-up: a room uses only the rooms above it, and data flows on
 import argparse
 import codecs
 import contextlib
-import errno
 import itertools
 import json
 import os
@@ -1117,7 +1116,7 @@ class Output:
     """
 
     def __init__(self, stream, environ):
-        self._fd = stream.fileno() if stream else None
+        self._fd = stream.fileno() if stream else -1  # closed: writing fails as it should
         self.is_terminal = bool(stream) and stream.isatty()
         self.dumb = not self.is_terminal or (environ.get("TERM") or "dumb") == "dumb"
         self.styled = not self.dumb and not environ.get("NO_COLOR")
@@ -1126,8 +1125,6 @@ class Output:
     def write(self, text, errors="replace"):
         """Write *text* whole; raise OSError where that fails."""
         data = text.encode(self._encoding, errors)
-        if self._fd is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         while data:
             try:
                 data = data[os.write(self._fd, data):]

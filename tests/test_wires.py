@@ -45,6 +45,11 @@ def both(*args, **options):
     return streamed(*args, **options) + single(*args, **options)
 
 
+def partly(text, status, line, options=()):
+    """Expect the part of an answer that came before it failed; a single shot shows it too."""
+    return streamed(text, status, line, options) + single(text, status, line, options)
+
+
 def matching(pattern):
     return re.compile(pattern, re.DOTALL)
 
@@ -148,7 +153,7 @@ LINES = [
     wire("CR and CRLF in turn", stream(ends(b"\r", b"\r\n")), both()),
     wire("CRLF and CR in turn", stream(ends(b"\r\n", b"\r")), both()),
     wire("LF and CR in turn", stream(ends(b"\n", b"\r")), both()),
-    wire("every end in turn", stream(ends(b"\r", b"\n", b"\r\n", b"\r\n", b"\n")), both()),
+    wire("every end in turn", stream(ends(b"\n", b"\r", b"\r\n", b"\r", b"\r", b"\r\n", b"\r\n", b"\n")), both()),
     wire("LF, cut at each byte", cut_at_each(EVENTS), both()),
     wire("CRLF, cut at each byte", cut_at_each(ends(b"\r\n")), both()),
     wire("CR, cut at each byte", cut_at_each(ends(b"\r")), both()),
@@ -204,7 +209,7 @@ LINES = [
          both("😀")),
     wire("half a surrogate pair", stream(data(json.dumps(chunk("a\ud83d"))), data(json.dumps(chunk("b"))), STOP, DONE),
          both(matching("a(\\?|\ufffd)b"))),
-    wire("half a surrogate pair at the end", stream(data(json.dumps(chunk("a\ud83d"))), STOP, DONE), both(matching("a(\\?|\ufffd)"))),
+    wire("half a surrogate pair at the end", stream(data(json.dumps(chunk("a\ud83d"))), STOP, DONE), both(matching("a(\\?|\ufffd)?"))),
     wire("a newline at the end is enough", stream(chunk("Hello\n"), STOP, DONE), both("Hello")),
     wire("two newlines stay", stream(chunk("Hello\n\n"), STOP, DONE), both("Hello\n")),
     wire("spaces and newlines alone", stream(chunk(" \n "), STOP, DONE), both(" \n ")),
@@ -224,7 +229,7 @@ END = [
     wire("DONE with tabs and CR", stream(HEL, LO, STOP, b"data:\t[DONE]\t\r\n\r\n"), both()),
     wire("DONE without a space", stream(HEL, LO, STOP, b"data:[DONE]\n\n"), both()),
     wire("DONE on several data lines", stream(HEL, LO, STOP, b"data\ndata: [DONE]\ndata\n\n"), both()),
-    wire("DONE with a name of its own is none", stream(HEL, b"event: x_end\n" + DONE), both("Hel", 8, NOT_ENDED)),
+    wire("DONE with a name of its own is none", stream(HEL, b"event: x_end\n" + DONE), partly("Hel", 8, NOT_ENDED)),
     wire("DONE, kept open", [stream_head(), EVENTS, Hold()], both()),
     wire("DONE, chunked and kept open", [stream_head(chunked=True), http_chunk(EVENTS), Hold()], both()),
     wire("DONE, more and kept open", [stream_head(), EVENTS, sse(chunk("no"), error()), b"data: {", Hold()], both()),
@@ -232,25 +237,25 @@ END = [
     wire("DONE, then a reset", [stream_head(), EVENTS, Call(pause), Reset()], both()),
     wire("DONE twice", stream(*HELLO, DONE), both()),
     wire("DONE without a reason", stream(HEL, LO, DONE), both(line=NO_REASON)),
-    wire("DONE in lower case", stream(HEL, LO, STOP, b"data: [done]\n\n"), both("Hello", 5, EVENT_NOT_JSON)),
-    wire("DONE in quotes", stream(HEL, LO, STOP, b'data: "[DONE]"\n\n'), both("Hello", 5, "error in the reply: [DONE]")),
+    wire("DONE in lower case", stream(HEL, LO, STOP, b"data: [done]\n\n"), partly("Hello", 5, EVENT_NOT_JSON)),
+    wire("DONE in quotes", stream(HEL, LO, STOP, b'data: "[DONE]"\n\n'), partly("Hello", 5, "error in the reply: [DONE]")),
     wire("DONE not ended, with a reason", stream_head() + EVENTS[:-2], both()),
-    wire("DONE not ended, without a reason", stream_head() + sse(HEL) + DONE[:-1], both("Hel", 8, NOT_ENDED)),
+    wire("DONE not ended, without a reason", stream_head() + sse(HEL) + DONE[:-1], partly("Hel", 8, NOT_ENDED)),
     wire("only DONE", stream(DONE), both("", 5, NO_ANSWER)),
     wire("a reason and no DONE, as of transformers", stream(HEL, LO, STOP), both()),
     wire("a reason on the last text", stream(HEL, chunk("lo", finish="stop"), DONE), both()),
     wire("a reason on the first text, and more", stream(chunk("Hel", finish="stop"), LO, DONE), both()),
-    wire("a reason that is cut off", stream_head() + sse(HEL, STOP)[:-2], both("Hel", 8, NOT_ENDED)),
+    wire("a reason that is cut off", stream_head() + sse(HEL, STOP)[:-2], partly("Hel", 8, NOT_ENDED)),
     wire("a reason alone", stream(STOP, DONE), both("")),
     wire("length", stream(HEL, chunk("lo", finish="length"), DONE), both(line="note: the answer was cut at the token limit: see --max-tokens")),
     wire("content_filter", stream(HEL, chunk("lo", finish="content_filter"), DONE), both(line="note: the answer was cut by a content filter")),
     wire("an unknown reason", stream(HEL, chunk("lo", finish="eos_token"), DONE), both()),
     wire("a reason that is a number", stream(HEL, LO, choice(delta={}, finish_reason=1), DONE), both(line=NO_REASON)),
-    wire("a reason that is a list, no DONE", stream(HEL, choice(delta={}, finish_reason=["stop"])), both("Hel", 8, NOT_ENDED)),
+    wire("a reason that is a list, no DONE", stream(HEL, choice(delta={}, finish_reason=["stop"])), partly("Hel", 8, NOT_ENDED)),
     wire("a reason that is an empty text, as of some vLLM", stream(choice(delta={"content": "Hello"}, finish_reason=""), STOP, DONE), both()),
     wire("a reason of another choice is not ours", stream(HEL, {"choices": [{"index": 1, "delta": {}, "finish_reason": "stop"}]}),
-         both("Hel", 8, NOT_ENDED)),
-    wire("no reason and no DONE", stream(HEL, LO), both("Hello", 8, NOT_ENDED)),
+         partly("Hel", 8, NOT_ENDED)),
+    wire("no reason and no DONE", stream(HEL, LO), partly("Hello", 8, NOT_ENDED)),
     wire("only the head", stream_head(), both("", 8, NOT_ENDED)),
     wire("only comments", stream(b": ping\n\n" * 3), both("", 8, NOT_ENDED)),
     wire("only a role, then the close", stream(chunk(delta={"role": "assistant", "content": ""})), both("", 8, NOT_ENDED)),
@@ -329,17 +334,17 @@ SHAPES = [
     wire("usage in every chunk", stream(*({**part, "usage": {"completion_tokens": 1}} for part in (HEL, LO, STOP)), DONE), both()),
     wire("a new id in each chunk", stream(*({**part, "id": str(at)} for at, part in enumerate((HEL, LO, STOP))), DONE), both()),
     wire("names twice, the last counts", stream(data('{"choices": [{"delta": {"content": "no", "content": "Hello"}}]}'), STOP, DONE), both()),
-    wire("JSON of a number", stream(HEL, data("7")), both("Hel", 5, "error in the reply")),
-    wire("JSON null", stream(HEL, data("null")), both("Hel", 5, "error in the reply")),
-    wire("JSON of a list", stream(HEL, data('[{"message": "no"}]')), both("Hel", 5, "error in the reply: no")),
-    wire("JSON with NaN", stream(HEL, data('{"choices": [], "x": NaN}')), both("Hel", 5, EVENT_NOT_JSON)),
-    wire("JSON with 1e999", stream(HEL, data('{"choices": [], "x": 1e999}')), both("Hel", 5, EVENT_NOT_JSON)),
-    wire("JSON with a comma at the end", stream(HEL, data('{"choices": [],}')), both("Hel", 5, EVENT_NOT_JSON)),
-    wire("JSON cut in the event", stream(HEL, data(as_json(LO)[:-3])), both("Hel", 5, EVENT_NOT_JSON)),
-    wire("two documents in an event", stream(HEL, data(as_json(LO) + as_json(LO))), both("Hel", 5, EVENT_NOT_JSON)),
-    wire("JSON 100,000 deep", stream(HEL, data(b'{"choices":' + b"[" * 100000)), both("Hel", 5, EVENT_NOT_JSON)),
+    wire("JSON of a number", stream(HEL, data("7")), partly("Hel", 5, "error in the reply")),
+    wire("JSON null", stream(HEL, data("null")), partly("Hel", 5, "error in the reply")),
+    wire("JSON of a list", stream(HEL, data('[{"message": "no"}]')), partly("Hel", 5, "error in the reply: no")),
+    wire("JSON with NaN", stream(HEL, data('{"choices": [], "x": NaN}')), partly("Hel", 5, EVENT_NOT_JSON)),
+    wire("JSON with 1e999", stream(HEL, data('{"choices": [], "x": 1e999}')), partly("Hel", 5, EVENT_NOT_JSON)),
+    wire("JSON with a comma at the end", stream(HEL, data('{"choices": [],}')), partly("Hel", 5, EVENT_NOT_JSON)),
+    wire("JSON cut in the event", stream(HEL, data(as_json(LO)[:-3])), partly("Hel", 5, EVENT_NOT_JSON)),
+    wire("two documents in an event", stream(HEL, data(as_json(LO) + as_json(LO))), partly("Hel", 5, EVENT_NOT_JSON)),
+    wire("JSON 100,000 deep", stream(HEL, data(b'{"choices":' + b"[" * 100000)), partly("Hel", 5, EVENT_NOT_JSON)),
     wire("a number of 5,000 digits", stream(HEL, data(b'{"choices": [], "x": ' + b"9" * 5000 + b"}"), LO, STOP, DONE),
-         both(matching("Hel(lo)?"), (0, 5), matching(f"({EVENT_NOT_JSON})?"))),
+         partly(matching("Hel(lo)?"), (0, 5), matching(f"({EVENT_NOT_JSON})?"))),
 ]
 
 # -- Whole replies ---------------------------------------------------
@@ -418,7 +423,7 @@ def inside(name, event, status, line):
     line = line if hasattr(line, "pattern") else f"error in the reply{line}"
     return [
         wire(name + ", first", stream(event), both("", status, line)),
-        wire(name + ", after text", stream(HEL, event, LO, STOP, DONE), both("Hel", status, line)),
+        wire(name + ", after text", stream(HEL, event, LO, STOP, DONE), partly("Hel", status, line)),
     ]
 
 
@@ -467,17 +472,17 @@ ERRORS_INSIDE = [
     *inside("an error with controls", error("a\x1b[31mb\r\nc\x07\x9b"), 5, ": a\u241b[31mb c\u2407\ufffd"),
     *inside("an error of 2,000 letters", error("x" * 2000), 5, ": " + "x" * 500),
     *inside("text for JSON", data("Internal Server Error"), 5, matching(EVENT_NOT_JSON)),
-    wire("an error after the reason", stream(HEL, STOP, error()), both("Hel", 5, "error in the reply: no")),
+    wire("an error after the reason", stream(HEL, STOP, error()), partly("Hel", 5, "error in the reply: no")),
     wire("an error after DONE is not read", stream(*HELLO, error()), both()),
-    wire("an error without its blank line", stream_head() + sse(HEL, error())[:-2], both("Hel", 8, NOT_ENDED)),
-    wire("a reason of error, as of OpenRouter", stream(HEL, chunk(finish="error"), DONE), both("Hel", 5, matching(".*error.*"))),
+    wire("an error without its blank line", stream_head() + sse(HEL, error())[:-2], partly("Hel", 8, NOT_ENDED)),
+    wire("a reason of error, as of OpenRouter", stream(HEL, chunk(finish="error"), DONE), partly("Hel", 5, matching(".*error.*"))),
     wire("a whole reply with a reason of error", json_response(completion("Hel", finish="error")), both(matching("(Hel)?"), 5, matching(".*error.*"))),
     wire("a whole reply with an error in its choice", json_response(choice(message={"content": ""}, finish_reason="error", error={
         "code": 502, "message": "no"})), both("", 5, "error in the reply: no")),
     wire("an error on a line of its own, as of Ollama", stream(HEL, b'{"error": {"message": "no", "type": "api_error"}}\n'),
-         both("Hel", 8, NOT_ENDED)),
-    wire("an error as a field, as of old llama.cpp", stream(HEL, b'error: {"code": 500, "message": "no"}\n\n'), both("Hel", 8, NOT_ENDED)),
-    wire("a request id", stream(HEL, error(code="x"), headers={"X-Request-ID": "r-1"}), both("Hel", 5, "error in the reply (x, request r-1): no")),
+         partly("Hel", 8, NOT_ENDED)),
+    wire("an error as a field, as of old llama.cpp", stream(HEL, b'error: {"code": 500, "message": "no"}\n\n'), partly("Hel", 8, NOT_ENDED)),
+    wire("a request id", stream(HEL, error(code="x"), headers={"X-Request-ID": "r-1"}), partly("Hel", 5, "error in the reply (x, request r-1): no")),
     wire("200 JSON error", json_response(error(code="overloaded")), both("", 5, "error in the reply (overloaded): no")),
     wire("200 JSON error text", json_response({"error": "no"}), both("", 5, "error in the reply: no")),
     wire("200 JSON detail", json_response({"detail": "no"}), both("", 5, "error in the reply: no")),
@@ -495,7 +500,7 @@ UPSTREAM = b"upstream connect error or disconnect/reset before headers. reset re
 def refused(status, body, code, line, headers=()):
     """Return a row for an answer of *status*, with one connection to answer it."""
     reply = response(body, status, headers) if isinstance(body, bytes) else json_response(body, status, headers)
-    return wire(f"{status}: {line[:40]}", reply, both("", code, f"HTTP {status[:3]}{line}"))
+    return wire(f"{status}{line[:40]}", reply, both("", code, f"HTTP {status[:3]}{line}"))
 
 
 STATUSES = [
@@ -504,9 +509,9 @@ STATUSES = [
     refused("400 Bad Request", {"detail": [{"loc": ["body", "n"], "msg": "bad", "type": "t"}]}, 4, ": body.n: bad"),
     refused("400 Bad Request", {"object": "error", "message": "no", "type": "BadRequestError", "code": 400}, 4, " (BadRequestError): no"),
     refused("400 Bad Request", {"error": "model is required"}, 4, ": model is required"),
-    refused("400 Bad Request", {"errors": [{"message": "no"}]}, 4, ""),
+    refused("400 Errors", {"errors": [{"message": "no"}]}, 4, ""),
     refused("400 Bad Request", {}, 4, ""),
-    refused("400 Bad Request", {"error": None}, 4, ""),
+    refused("400 Nothing", {"error": None}, 4, ""),
     refused("400 Bad Request", {"error": {"error": {"error": {"message": "deep"}}}}, 4, ": deep"),
     refused("400 Bad Request", EVENTS, 4, ": " + " ".join(EVENTS.decode().split())[:500], {"Content-Type": "text/event-stream"}),
     refused("400 Bad Request", b"\x00\x1b[2J\xff", 4, ": \u2400\u241b[2J\ufffd"),
@@ -660,11 +665,11 @@ BODIES = [
     wire("a length, whole, kept open", [whole_sized(b"%d" % len(BODY)), Hold()], both()),
     wire("a length of zero", [sized(b"0", b""), Hold()], both("", 8, NOT_ENDED)),
     wire("a length of zero, whole", [whole_sized(b"0", b""), Hold()], both("", 5, EMPTY)),
-    wire("a length too small", sized(b"%d" % len(sse(HEL))), both("Hel", 8, NOT_ENDED)),
+    wire("a length too small", sized(b"%d" % len(sse(HEL))), partly("Hel", 8, NOT_ENDED)),
     wire("a length too small by the end of DONE", sized(b"%d" % (len(EVENTS) - 1)), both()),
     wire("a length too small, whole", whole_sized(b"%d" % (len(BODY) - 1)), both("", 5, NOT_JSON)),
     wire("a length too large", sized(b"%d" % (len(EVENTS) + 50)), both()),
-    wire("a length too large, no DONE", sized(b"9999", sse(HEL)), both("Hel", 8, CLOSED)),
+    wire("a length too large, no DONE", sized(b"9999", sse(HEL)), partly("Hel", 8, CLOSED)),
     wire("a length too large, whole", whole_sized(b"9999"), both("", 8, CLOSED)),
     wire("a length of 30 digits, whole", whole_sized(b"9" * 30), both("", 8, CLOSED)),
     wire("a length that is negative", sized(b"-5"), both()),
@@ -697,16 +702,16 @@ BODIES = [
     wire("no last chunk, with DONE", coded_chunks(size(b"%x")), both()),
     wire("no last chunk, with a reason", coded_chunks(http_chunk(sse(HEL, LO, STOP))), both()),
     wire("no last chunk, whole", headed(b"Transfer-Encoding: chunked", body=size(b"%x", BODY), kind=b""), both("", 8, CLOSED)),
-    wire("no last chunk", coded_chunks(FIRST), both("Hel", 8, CLOSED)),
+    wire("no last chunk", coded_chunks(FIRST), partly("Hel", 8, CLOSED)),
     wire("only the last chunk", coded_chunks(LAST), both("", 8, NOT_ENDED)),
-    wire("the last chunk too early", coded_chunks(FIRST, LAST, http_chunk(sse(LO))), both("Hel", 8, NOT_ENDED)),
-    wire("a chunk size too large", coded_chunks(FIRST, b"ffff\r\n", sse(LO)), both("Hello", 8, CLOSED)),
-    wire("a chunk size too small", coded_chunks(FIRST, b"5\r\n", sse(LO)), both("Hel", 8, CLOSED)),
-    wire("a chunk size that is huge", coded_chunks(FIRST, b"f" * 30 + b"\r\n", sse(LO)), both(matching("Hel(lo)?"), 8, CLOSED)),
-    wire("a chunk size of 70 kB", coded_chunks(FIRST, b"f" * 70000 + b"\r\n"), both("Hel", 8, CLOSED)),
-    wire("a chunk size that is negative", coded_chunks(FIRST, b"-5\r\n", sse(LO)), both("Hel", 8, CLOSED)),
-    wire("a chunk size that is no number", coded_chunks(FIRST, b"zz\r\n", sse(LO)), both("Hel", 8, CLOSED)),
-    wire("a chunk size that is empty", coded_chunks(FIRST, b"\r\n", sse(LO)), both("Hel", 8, CLOSED)),
+    wire("the last chunk too early", coded_chunks(FIRST, LAST, http_chunk(sse(LO))), partly("Hel", 8, NOT_ENDED)),
+    wire("a chunk size too large", coded_chunks(FIRST, b"ffff\r\n", sse(LO)), partly("Hello", 8, CLOSED)),
+    wire("a chunk size too small", coded_chunks(FIRST, b"5\r\n", sse(LO)), partly("Hel", 8, CLOSED)),
+    wire("a chunk size that is huge", coded_chunks(FIRST, b"f" * 30 + b"\r\n", sse(LO)), partly(matching("Hel(lo)?"), 8, CLOSED)),
+    wire("a chunk size of 70 kB", coded_chunks(FIRST, b"f" * 70000 + b"\r\n"), partly("Hel", 8, CLOSED)),
+    wire("a chunk size that is negative", coded_chunks(FIRST, b"-5\r\n", sse(LO)), partly(matching("Hel(lo)?"), 8, CLOSED)),
+    wire("a chunk size that is no number", coded_chunks(FIRST, b"zz\r\n", sse(LO)), partly("Hel", 8, CLOSED)),
+    wire("a chunk size that is empty", coded_chunks(FIRST, b"\r\n", sse(LO)), partly("Hel", 8, CLOSED)),
     wire("a first chunk size that is no number", coded_chunks(EVENTS), both("", 8, CLOSED)),
     wire("a chunk size that is no number, after DONE", coded_chunks(size(b"%x"), b"zz\r\n"), both()),
     wire("gzip", coded("gzip", ZIPPED), both()),
@@ -719,7 +724,7 @@ BODIES = [
     wire("gzip with a name and a comment in it", coded("gzip", b"\x1f\x8b\x08\x18" + b"\0" * 5 + b"\xff" b"a\0b\0" + ZIPPED[10:]), both()),
     wire("gzip that is cut", coded("gzip", ZIPPED[:-40]), both("", matching("[58]"), matching("the reply .*"))),
     wire("gzip that is cut in its last bytes", coded("gzip", ZIPPED[:-4]), both()),
-    wire("gzip of a stream that is cut", coded("gzip", b"".join(FLUSHED_PARTS[:1]), "text/event-stream"), both("Hel", 8, NOT_ENDED)),
+    wire("gzip of a stream that is cut", coded("gzip", b"".join(FLUSHED_PARTS[:1]), "text/event-stream"), partly("Hel", 8, NOT_ENDED)),
     wire("gzip with a wrong checksum", coded("gzip", ZIPPED[:-8] + b"\0" * 8), both("", 5, NOT_CODED)),
     wire("gzip with a broken middle", coded("gzip", ZIPPED[:40] + b"\xff" * 9 + ZIPPED[49:]), both("", 5, matching("the reply is not .*"))),
     wire("gzip that is none", coded("gzip", BODY), both("", 5, NOT_CODED)),
@@ -737,12 +742,12 @@ BODIES = [
 
 
 def broken(name, steps, close, reset, silence, text=""):
-    """Return the rows of a connection that after *steps* is closed, reset, or falls silent."""
+    """Return the rows of a connection that after *steps* is closed, reset, or falls silent (once: that takes its time)."""
     steps = steps if isinstance(steps, list) else [steps]
     return [
-        wire(f"{name}: close", steps, both(text, *close)),
-        wire(f"{name}: reset", [*steps, Call(pause), Reset()], both(text, *reset)),
-        wire(f"{name}: silence", [*steps, Hold()], both(text, *silence, options=SHORT_TIMEOUT)),
+        wire(f"{name}: close", steps, partly(text, *close)),
+        wire(f"{name}: reset", [*steps, Call(pause), Reset()], partly(text, *reset)),
+        wire(f"{name}: silence", [*steps, Hold()], streamed(text, *silence, options=SHORT_TIMEOUT)),
     ]
 
 
@@ -770,6 +775,9 @@ BREAKS = [
     *broken("in a chunked body", head("200 OK", JSON, {"Transfer-Encoding": "chunked"}) + http_chunk(BODY)[:-9], BROKEN, BROKEN, LATE),
     *broken("after the reason", [stream_head(), sse(HEL, LO, STOP)], (0, ""), (0, ""), (0, ""), "Hello"),
     *broken("after DONE", [stream_head(), EVENTS], (0, ""), (0, ""), (0, ""), "Hello"),
+    wire("whole, before the headers: silence", [Hold()], single("", *LATE, options=SHORT_TIMEOUT)),
+    wire("whole, in a body: silence", [ANSWER[:-9], Hold()], single("", *LATE, options=SHORT_TIMEOUT)),
+    wire("whole, in a stream: silence", [stream_head(), sse(HEL), Hold()], single("Hel", *LATE, options=SHORT_TIMEOUT)),
     wire("a stream as a drip", [stream_head(), Drip(EVENTS)], both()),
     wire("a head and a stream as a drip", [Drip(stream(*HELLO, chunked=True))], both()),
     wire("a body as a drip", [Drip(ANSWER)], both()),
@@ -780,7 +788,7 @@ BREAKS = [
 # -- Retries and Retry-After -----------------------------------------
 
 
-def again(line, seconds="0.0"):
+def again(line, seconds=r"0(\.0)?"):
     return f"note: {line}: trying again in {seconds} s"
 
 
@@ -800,7 +808,7 @@ RETRIES = [
     asked("seconds", {"Retry-After": "7"}, seconds="7.0"),
     asked("seconds with spaces", {"Retry-After": "  7  "}, seconds="7.0"),
     asked("a fraction", {"Retry-After": "1.5"}, seconds="1.5"),
-    asked("zero", {"Retry-After": "0"}, seconds="0.0"),
+    asked("zero", {"Retry-After": "0"}, seconds=r"0(\.0)?"),
     asked("a date", {"Retry-After": SOON, "Date": DATE}, seconds=9),
     asked("a date that is over", {"Retry-After": DATE, "Date": SOON}, seconds=0),
     asked("a date of RFC 850", {"Retry-After": "Thursday, 01-Jan-26 00:00:09 GMT", "Date": DATE}, seconds=9),
@@ -830,7 +838,7 @@ RETRIES = [
     wire("an error before the text, then the answer", (stream(error("busy", code=503, retry_after=0)), stream(*HELLO)),
          both(line=again("error in the reply: busy"), options=RETRY)),
     wire("an error after the text is not retried", stream(HEL, error("busy", code=503, retry_after=0)),
-         both("Hel", 5, "error in the reply: busy", options=RETRY)),
+         partly("Hel", 5, "error in the reply: busy", options=RETRY)),
     wire("a reset before the headers, then the answer", ([Reset()], ANSWER), both(line=matching(re.escape(again(NO_WORD, "0.")[:-2]) + r"\d s"), options=RETRY)),
     wire("a close after reasoning is not retried", stream(choice(delta={"reasoning": "Hm."})), both("", 8, NOT_ENDED, options=RETRY)),
     wire("a reset after reasoning is not retried", [stream_head(), sse(choice(delta={"reasoning": "Hm."})), Call(pause), Reset()],
@@ -848,7 +856,7 @@ IN_A_PROCESS = [
     "lines: every end in turn (stream)", "lines: characters cut at each byte", "end: DONE, more and kept open (stream)",
     "whole: HTML with 200", "errors: event: error with text, after text (stream)", "statuses: AWS ALB 503",
     "statuses: an error with a body of 50 MB", "bodies: gzip", "breaks: in a character and a chunk: reset (stream)",
-    "breaks: in a body: silence", "retries: a 503, then the answer (stream)",
+    "breaks: whole, in a body: silence", "retries: a 503, then the answer (stream)",
 ]
 
 
