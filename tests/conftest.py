@@ -40,6 +40,16 @@ def pytest_addoption(parser):
     )
 
 
+    parser.addoption("--part", metavar="K/N", help="run every Nth test from the Kth on: the parts make up the whole")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--part"):
+        number, count = map(int, config.getoption("--part").split("/"))
+        config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if place % count != number - 1])
+        items[:] = items[number - 1::count]
+
+
 def pytest_configure(config):
     # A shell's `&` and nohup leave these ignored, and what is ignored stays so in a child; what is handled does not.
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):

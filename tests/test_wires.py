@@ -788,7 +788,7 @@ BREAKS = [
 # -- Retries and Retry-After -----------------------------------------
 
 
-def again(line, seconds=r"0(\.0)?"):
+def again(line, seconds="0.0"):
     return f"note: {line}: trying again in {seconds} s"
 
 
