@@ -558,13 +558,22 @@ def error_sentence(document, depth=4):
             return f"{path}: {sentence}" if path else sentence
     return ""
 
+def failed_choice(document):
+    """Return the choice of a reply or chunk that reports an error, as OpenRouter does, or None."""
+    for choice in field(document, "choices", list) or ():
+        if isinstance(choice, dict) and (
+                choice.get("error") or choice.get("finish_reason") == "error"):
+            return choice
+    return None
+
 def is_error(document):
     """Tell whether a document that came with HTTP 200 is an error all the same."""
-    if not isinstance(document, dict):
+    if not isinstance(document, dict) or document.get("error"):
         return True
-    return bool(document.get("error")) or "choices" not in document and bool(
-        document.get("object") == "error" or document.get("detail")
-        or field(document, "message", str))
+    if "choices" in document:
+        return failed_choice(document) is not None
+    return bool(document.get("object") == "error" or document.get("detail")
+                or field(document, "message", str))
 
 def error_code(document, status):
     """Return the server's code for an error, else its type, where it says more than *status*."""
@@ -608,6 +617,8 @@ def build_error(document, status, headers, api_key, through=""):
     number, if it has one, takes its place.  *api_key* was sent, and is not to be repeated;
     *through* names a proxy, which may be who speaks.
     """
+    if not field(document, "error", (str, dict)):
+        document = failed_choice(document) or document
     details = field(document, "error", dict) or document
     claimed = field(details, "code", int) or field(details, "status", int) or 0
     effective = claimed if status == 200 and 400 <= claimed <= 599 else status
@@ -1010,6 +1021,42 @@ class _Watched:
         self._trace(["> " + line for line in redacted_head(data)])
         super().send(data)
 
+class _Head:
+    """The head of a response as http.client reads it: whole, and without interim responses."""
+
+    def __init__(self, file):
+        self._file = file
+        self._started = False
+
+    def readline(self, limit):
+        line = self._whole_line(limit)
+        while not self._started and re.match(rb"HTTP/\S+ 1(?!01)\d\d", line):  # RFC 9110, 15.2
+            while line.strip():
+                line = self._whole_line(limit)
+            line = self._whole_line(limit)
+        self._started = True
+        return line
+
+    def _whole_line(self, limit):
+        line = self._file.readline(limit)
+        ours = self._started or b"HTTP/".startswith(line[:5])  # else http.client says what it is
+        if ours and not line.endswith(b"\n") and len(line) < limit:
+            raise ConnectionResetError("closed in the head")  # which http.client takes for its end
+        return line
+
+    def close(self):
+        self._file.close()
+
+class _Headed:
+    """Mixed into http.client's responses: they begin with a _Head."""
+
+    def begin(self):
+        file, self.fp = self.fp, _Head(self.fp)
+        try:
+            super().begin()
+        finally:
+            self.fp = self.fp and file
+
 def send_request(request, settings, place, proxy, trace):
     """Send *request* and return http.client's response to it, whatever its status."""
     import base64
@@ -1017,16 +1064,17 @@ def send_request(request, settings, place, proxy, trace):
     import urllib.request
     from urllib.parse import unquote
 
+    headed = {"response_class": type("HeadedResponse", (_Headed, http.client.HTTPResponse), {})}
     watched = {"place": place, "settings": settings, "trace": trace}
 
     class Handler(urllib.request.AbstractHTTPHandler):
         def http_open(self, outgoing):
-            connection = type("Connection", (_Watched, http.client.HTTPConnection), {})
+            connection = type("Connection", (_Watched, http.client.HTTPConnection), headed)
             return self.do_open(connection, outgoing, **watched)
 
         def https_open(self, outgoing):
             context = tls_context(settings.cacert)  # first: without ssl there is no such connection
-            connection = type("Connection", (_Watched, http.client.HTTPSConnection), {})
+            connection = type("Connection", (_Watched, http.client.HTTPSConnection), headed)
             return self.do_open(connection, outgoing, context=context, **watched)
 
         http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
@@ -1103,7 +1151,7 @@ def open_response(request, settings, trace):
         if "Date" not in response.headers:  # as RFC 9110, 6.6.1, wants it
             response.headers["Date"] = formatdate()
         chunks = response_chunks(response, place, settings.timeout)
-        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        if response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
             chunks = inflated(chunks)
         yield Response(response.status, response.headers, chunks, through)
 
@@ -1334,10 +1382,11 @@ class TextRenderer:
 
     def show(self, document, text):
         """Show the *text* of a chunk or reply."""
+        self.begun = self.begun or bool(text)
         if not self._streamed:
             self._held += text
         elif text:
-            self._last, self.begun = text[-1], True  # first: a Ctrl+C may come during the write
+            self._last = text[-1]  # first: a Ctrl+C may come during the write
             self._terminal.answer(text)
 
     def finish(self):
