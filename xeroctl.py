@@ -30,7 +30,6 @@ The file reads bottom-up: a room uses only the rooms above it, and data flows on
 """
 
 import argparse
-import codecs
 import contextlib
 import itertools
 import json
@@ -72,6 +71,7 @@ MAX_NUMBER = 2 ** 63 - 1
 MAX_ERROR_BYTES = 64 * 1024
 MAX_ERROR_CHARACTERS = 500
 MAX_EVENT_BYTES = MAX_REPLY_BYTES = 64 * 1024 * 1024
+MAX_HEAD_LINES = 1000
 READ_BYTES = 64 * 1024
 MAX_HISTORY_ENTRIES = 1000
 MIN_REDACTED_CHARACTERS = 8
@@ -142,7 +142,7 @@ class Terminated(BaseException):
 
 # Plain namedtuples: the typing module would add a quarter to the start-up time on Python 3.6.
 
-Config = namedtuple("Config", "path current deployments")
+Config = namedtuple("Config", "path current deployments notices")
 Settings = namedtuple("Settings", "endpoint base_url api_key output timeout connect_timeout "
                                   "retries cacert notices")
 Sampling = namedtuple("Sampling", "model fields headers")  # what chat's options add to a request
@@ -231,7 +231,7 @@ def parse_config(text, path):
     for name, value, kind in shapes:
         if not isinstance(value, kind):
             raise UsageError(f"{path}: {name} is not {'text' if kind is str else 'a table'}")
-    return Config(path, document.get("current"), deployments)
+    return Config(path, document.get("current"), deployments, [])
 
 def check_base_url(url):
     """Return *url* without trailing slashes; raise UsageError where it is no usable base URL."""
@@ -276,13 +276,16 @@ def is_loopback(host):
     """Tell whether *host* names this machine by its loopback interface."""
     return host == "localhost" or host == "::1" or bool(re.match(r"127(\.\d+){3}\Z", host))
 
+def known_contexts(config):
+    """Return the names of the deployments of *config* as a list to read."""
+    return ", ".join(sorted(config.deployments)) or "none"
+
 def find_deployment(config, name):
     """Return the table of deployment *name*, empty for None; raise UsageError if unknown."""
     if name is None:
         return {}
     if name not in config.deployments:
-        known = ", ".join(sorted(config.deployments)) or "none"
-        raise UsageError(f"unknown context {name!r}: {config.path} has: {known}")
+        raise UsageError(f"unknown context {name!r}: {config.path} has: {known_contexts(config)}")
     return config.deployments[name]
 
 def check_api_key(key):
@@ -296,11 +299,14 @@ def resolve_settings(options, environ, config):
     context = options.context or environ.get(ENV_CONTEXT) or config.current
     deployment = find_deployment(config, context)
     base_url = options.base_url or environ.get(ENV_BASE_URL) or deployment.get("base_url")
+    if not base_url and config.deployments and not context:
+        raise UsageError(f"no context is chosen: {config.path} has: {known_contexts(config)}: "
+                         "give --context NAME, or put current = \"NAME\" at its top")
     if not base_url:
         raise UsageError(f"no base URL: give --base-url URL, set {ENV_BASE_URL}, or put base_url "
                          f"under [deployment.NAME] in {config.path}; --demo needs none")
     base_url = check_base_url(base_url)
-    api_key, notices = options.api_key or environ.get(ENV_API_KEY), []
+    api_key, notices = options.api_key or environ.get(ENV_API_KEY), list(config.notices)
     if not api_key and deployment.get("api_key"):
         stored = deployment.get("base_url")
         if stored and origin(check_base_url(stored)) == origin(base_url):
@@ -416,7 +422,7 @@ class EventDecoder:
         self._unfinished = [lines.pop()]
         if self._first_line:
             self._first_line = False
-            if lines[0].startswith(codecs.BOM_UTF8):
+            if lines[0].startswith(b"\xef\xbb\xbf"):  # a byte-order mark
                 lines[0] = lines[0][3:]
         for line in lines:
             if line:
@@ -428,12 +434,12 @@ class EventDecoder:
                 self._name, self._data, self._size = b"", [], 0
 
     def _take(self, line):
-        field, _, value = line.partition(b":")
+        name, _, value = line.partition(b":")
         if value.startswith(b" "):
             value = value[1:]
-        if field == b"data":
+        if name == b"data":
             self._data.append(value)
-        elif field == b"event":
+        elif name == b"event":
             self._name = value
 
 # -- Replies ----------------------------------------------------------------------------------
@@ -472,10 +478,12 @@ def content_text(message):
 
 def parse_usage(usage):
     """Return the Usage that the object *usage* of a reply or chunk tells."""
-    return Usage(field(usage, "prompt_tokens", int), field(usage, "completion_tokens", int),
-                 field(usage, "total_tokens", int),
-                 field(field(usage, "prompt_tokens_details", dict), "cached_tokens", int),
-                 field(field(usage, "completion_tokens_details", dict), "reasoning_tokens", int))
+    prompt = field(usage, "prompt_tokens_details", dict)
+    completion = field(usage, "completion_tokens_details", dict)
+    counts = (field(usage, "prompt_tokens", int), field(usage, "completion_tokens", int),
+              field(usage, "total_tokens", int), field(prompt, "cached_tokens", int),
+              field(completion, "reasoning_tokens", int))
+    return Usage(*(None if count is None or count > MAX_NUMBER else count for count in counts))
 
 class ReplyBuilder:
     """Add up the chunks of a stream, or one whole reply, to a Reply.
@@ -508,7 +516,8 @@ class ReplyBuilder:
         self.finish_reason = field(choice, "finish_reason", str) or self.finish_reason
         message = field(choice, "delta", dict) or field(choice, "message", dict)
         text = self._half + content_text(message)
-        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        half = "\ud800" <= text[-1:] <= "\udbff" and not self.finish_reason
+        self._half = text[-1:] if half else ""
         text = whole_text(text[:len(text) - len(self._half)])
         reasoning = bool(field(message, "reasoning_content", str)
                          or field(message, "reasoning", str))
@@ -580,7 +589,7 @@ def error_code(document, status):
     details = field(document, "error", dict) or document
     for name in ("code", "type"):
         code = field(details, name, (str, int))
-        if code and str(code) != str(status):
+        if code and str(code) not in (str(status), "None"):  # Python servers print a missing one
             return str(code)
     return None
 
@@ -610,44 +619,46 @@ _HINTS = {
     429: "wait, or raise --retries",
 }
 
-def build_error(document, status, headers, api_key, through=""):
+def build_error(document, status, headers, api_key, where=""):
     """Return the error that *document* describes: parsed JSON, or text for anything else.
 
     *status* is the HTTP status; for an error inside a stream it is 200, and the document's own
     number, if it has one, takes its place.  *api_key* was sent, and is not to be repeated;
-    *through* names a proxy, which may be who speaks.
+    *where* is the address, or the proxy that may be who speaks.
     """
     if not field(document, "error", (str, dict)):
         document = failed_choice(document) or document
     details = field(document, "error", dict) or document
-    claimed = field(details, "code", int) or field(details, "status", int) or 0
-    effective = claimed if status == 200 and 400 <= claimed <= 599 else status
-    code = error_code(document, effective)
-    request_id = headers.get("X-Request-ID")
-    place = (f"HTTP {status}" if status != 200 else "error in the reply") + through
+    claimed = str(field(details, "code", (int, str)) or field(details, "status", (int, str)))
+    effective = int(claimed) if status == 200 and re.match(r"[45]\d\d\Z", claimed) else status
+    code, request_id = (word and redacted(word, api_key) for word in (
+        error_code(document, effective), headers.get("X-Request-ID")))
+    place = f"HTTP {status}" if status != 200 else "error in the reply"
     named = ", ".join(filter(None, [code, request_id and "request " + request_id]))
     sentence = " ".join(redacted(error_sentence(document), api_key).split())[:MAX_ERROR_CHARACTERS]
     hint = _HINTS.get(effective)
     if effective == 401 and not api_key:
         hint = f"set {ENV_API_KEY} or give --api-key"
-    message = ": ".join(filter(None, [f"{place} ({named})" if named else place, sentence, hint]))
+    place += (f" ({named})" if named else "") + where
+    message = ": ".join(filter(None, [place, sentence, hint]))
     kind = {401: AuthError, 403: AuthError, 429: RateLimitError}.get(
         effective, RefusedError if 400 <= effective <= 499 else ServerError)
     return kind(message, None if status == 200 else status, code, request_id,
                 retryable=effective in (408, 409, 429) or 500 <= effective <= 599,
                 retry_after=retry_after_seconds(headers, details))
 
-def parse_error(data, status, headers, api_key, through=""):
+def parse_error(data, status, headers, api_key, where=""):
     """Return the error that a response of HTTP *status* with the body *data* stands for."""
     text = data.decode("utf-8", "replace").strip()
     if 300 <= status <= 399:
-        target = headers.get("Location", "nowhere")
-        text = f"redirects are not followed: if you trust {target}, make it the base URL"
+        target = headers.get("Location")
+        text = "redirects are not followed" + (
+            f": if you trust {target}, make it the base URL" if target else "")
     try:
         document = parse_json(text)
     except ValueError:
         document = "the answer is an HTML page" if text.startswith("<") else text
-    return build_error(document, status, headers, api_key, through)
+    return build_error(document, status, headers, api_key, where)
 
 def retry_delay(attempt, retry_after, jitter):
     """Return the seconds to wait before try number *attempt* + 1; *jitter* is from 0 to 1.
@@ -828,21 +839,19 @@ def read_file(path):
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
 
-def read_config(path, notice):
-    """Return the Config in the file *path*, an empty one where there is none.
-
-    Call *notice* with a sentence where others than its owner can read it.
-    """
+def read_config(path):
+    """Return the Config in the file *path*, an empty one where there is none."""
     if not os.path.lexists(path):
-        return Config(path, None, {})
+        return Config(path, None, {}, [])
     data = read_file(path)
-    if os.name == "posix" and os.stat(path).st_mode & 0o077:
-        notice(f"others can read {path}: chmod 600 it")
     try:
-        return parse_config(data.decode("utf-8-sig"), path)
+        config = parse_config(data.decode("utf-8-sig"), path)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{path}: not UTF-8 (at line {line})") from error
+    if os.name == "posix" and os.stat(path).st_mode & 0o077:
+        config.notices.append(f"others can read {path}: chmod 600 it")
+    return config
 
 def write_private(path, text):
     """Write *text* to the file *path*, whole or not at all, for its owner alone (mode 0600)."""
@@ -886,15 +895,14 @@ def append_history(path, entry):
         with contextlib.suppress(ImportError):  # not POSIX
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX)
-        lines = file.readlines() if os.path.isfile(path) else []
-        if lines and not lines[-1].endswith(b"\n"):  # a write that did not come to its end
-            file.write(b"\n")
-        lines.append(json.dumps(entry).encode() + b"\n")
-        if len(lines) > MAX_HISTORY_ENTRIES:
+        old = file.read() if os.path.isfile(path) else b""
+        line = json.dumps(entry).encode() + b"\n"
+        if old and not old.endswith(b"\n"):  # a write that did not come to its end
+            line = b"\n" + line
+        if old.count(b"\n") >= MAX_HISTORY_ENTRIES:
             file.truncate(0)
-            file.write(b"".join(lines[-MAX_HISTORY_ENTRIES:]))
-        else:
-            file.write(lines[-1])
+            line = b"\n".join(old.split(b"\n")[-MAX_HISTORY_ENTRIES:]) + line
+        file.write(line)
 
 # -- Transport --------------------------------------------------------------------------------
 
@@ -999,16 +1007,36 @@ def exchange_error(error, place, seconds, begun):
         return ServerError(f"{place} does not speak HTTP: {type(error).__name__}")
     return NetworkError(f"{place} closed the connection without an answer", retryable=broken)
 
+def connected_socket(address, seconds, *unused):
+    """Return a socket connected to the (host, port) *address*; raise OSError.
+
+    Unlike socket.create_connection it takes *seconds* for the name and all its addresses together.
+    """
+    import socket
+
+    deadline = time.monotonic() + seconds
+    found = resolve(*address, seconds)
+    for left, (family, kind, protocol, _, place) in zip(range(len(found), 0, -1), found):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(max(0.001, (deadline - time.monotonic()) / left))
+            connection.connect(place)
+            return connection
+        except OSError as error:
+            connection.close()
+            failure = error
+    raise failure
+
 class _Watched:
     """Mixed into http.client's connections: two limits in time, and a trace of what is sent."""
 
     def __init__(self, host, place, settings, trace, **options):
         super().__init__(host, **options)
         self._place, self._settings, self._trace = place, settings, trace
+        self._create_connection = connected_socket
 
     def connect(self):
         try:
-            resolve(self.host, self.port, self.timeout)
             super().connect()
         except (OSError, ValueError) as error:
             raise connect_error(error, self._place, self.timeout) from error
@@ -1027,6 +1055,7 @@ class _Head:
     def __init__(self, file):
         self._file = file
         self._started = False
+        self._lines = 0
 
     def readline(self, limit):
         line = self._whole_line(limit)
@@ -1038,6 +1067,9 @@ class _Head:
         return line
 
     def _whole_line(self, limit):
+        self._lines += 1
+        if self._lines > MAX_HEAD_LINES:
+            raise ValueError("a head without end")
         line = self._file.readline(limit)
         ours = self._started or b"HTTP/".startswith(line[:5])  # else http.client says what it is
         if ours and not line.endswith(b"\n") and len(line) < limit:
@@ -1114,7 +1146,7 @@ def response_chunks(response, place, seconds):
             data = response.read1(min(missing or READ_BYTES, READ_BYTES))
             if not data and missing:
                 raise http.client.IncompleteRead(b"")
-        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a length < 0
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: length < 0
             raise exchange_error(error, place, seconds, begun) from error
         if not data:
             return
@@ -1141,7 +1173,7 @@ def open_response(request, settings, trace):
         through = " through " + place
     try:
         response = send_request(request, settings, place, proxy, trace)
-    except (OSError, http.client.HTTPException) as error:  # a URLError is an OSError around another
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError: around an OSError
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         raise exchange_error(cause, place, settings.timeout, False) from error
     with response:
@@ -1203,7 +1235,7 @@ class Spinner:
     def __init__(self, output, visible):
         self._output = output
         self._visible = visible
-        self._drawn = self._asleep = False
+        self._drawn = self._asleep = self._suspendable = False
         self._thread = None
 
     def __enter__(self):
@@ -1330,8 +1362,7 @@ class Terminal:
     def say(self, line, dim=False):
         """Write *line* to stderr; where that cannot be done there is nobody to tell."""
         self._stop_spinner()
-        line = printable(" ".join(line.split("\n")))
-        line = redacted(line, self.secret)
+        line = redacted(printable(line.replace("\n", " ")), self.secret)
         with contextlib.suppress(OSError):
             self.err.write(f"\x1b[2m{line}\x1b[0m\n" if dim and self.err.styled else line + "\n")
 
@@ -1372,7 +1403,7 @@ class Terminal:
 class TextRenderer:
     """Show an answer as its text: as it comes if *streamed*, else in one piece at the end.
 
-    One piece is one write, so that processes that share a pipe do not mix their answers.
+    One piece is one write, so that processes that share a pipe do not mix short answers.
     """
 
     def __init__(self, terminal, streamed):
@@ -1399,14 +1430,16 @@ class JsonRenderer:
 
     def __init__(self, terminal, streamed):
         self._terminal, self._streamed = terminal, streamed
-        self._encode = json.JSONEncoder(
-            ensure_ascii=False, indent=None if streamed else 2,
-            separators=(",", ":") if streamed else (",", ": ")).encode
         self._held = None
+        self._compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+        self._indented = json.JSONEncoder(ensure_ascii=False, indent=2).encode
         self.begun = False
 
     def show(self, document, text):
         """Show the chunk or reply *document* with every field it has."""
+        if self._held is not None:  # a second one: a stream, though we asked for none
+            self._streamed = True
+            self.finish()
         self._held = document
         if self._streamed:
             self.finish()
@@ -1416,7 +1449,7 @@ class JsonRenderer:
         if self._held is None:
             return
         try:
-            line = self._encode(self._held)
+            line = (self._compact if self._streamed else self._indented)(self._held)
         except RecursionError as error:
             raise ServerError("the reply is nested too deeply to print") from error
         self._held, self.begun = None, True
@@ -1487,8 +1520,9 @@ def exchange(request, settings, trace, renderer, builder, spinner):
     sent, first_token_seconds = time.monotonic(), None
     with open_response(request, settings, trace) as response:
         if not 200 <= response.status <= 299:
-            raise parse_error(read_error_body(response.chunks), response.status,
-                              response.headers, settings.api_key, response.through)
+            address = f" at {request.url}" if response.status == 404 else ""
+            raise parse_error(read_error_body(response.chunks), response.status, response.headers,
+                              settings.api_key, address + response.through)
         try:
             for document in documents(response, request.streamed):
                 if is_error(document):
@@ -1500,7 +1534,7 @@ def exchange(request, settings, trace, renderer, builder, spinner):
                     spinner.say("thinking")
                 renderer.show(document, delta.text)
         except (CutShortError, NetworkError):
-            if not builder.finish_reason:  # with one the answer is whole, whatever came after
+            if not builder.finish_reason:  # with one the answer is whole, however the wire broke
                 raise
     if not builder.begun and not builder.finish_reason:
         raise ServerError("the reply holds no answer")
@@ -1509,10 +1543,10 @@ def exchange(request, settings, trace, renderer, builder, spinner):
 
 def pause(error, seconds, terminal):
     """Wait *seconds* before another try, and let the user see that we do, and why."""
+    reason = str(error).partition(": ")[0]  # without the advice
     if not terminal.err.styled:
-        terminal.notice(f"{error}: trying again in {seconds:.1f} s")
+        terminal.notice(f"{reason}, trying again in {seconds:.1f} s")
     with terminal.spinner() as spinner:
-        reason = f"HTTP {error.status}" if error.status else "no connection"
         spinner.say(reason + ", trying again in", time.monotonic() + seconds)
         time.sleep(seconds)
 
@@ -1534,6 +1568,7 @@ def ask(request, settings, terminal, renderer, builder):
             elif not builder.begun and attempt <= settings.retries and getattr(
                     error, "retryable", False):
                 pause(error, retry_delay(attempt, error.retry_after, random()), terminal)
+                builder.__init__()  # nothing of this try stays
                 continue
             raise
 
@@ -1584,8 +1619,7 @@ def practice_endpoint():
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            wait = threading.Event().wait
-            wait(PRACTICE_FIRST_TOKEN_SECONDS)
+            time.sleep(PRACTICE_FIRST_TOKEN_SECONDS)
             self.send_response(200)
             kind = "text/event-stream" if body["stream"] else "application/json"
             self.send_header("Content-Type", kind)
@@ -1593,7 +1627,7 @@ def practice_endpoint():
             start, end = (b"data: ", b"\n\n") if body["stream"] else (b"", b"")
             for document in practice_documents(body):
                 self.wfile.write(start + json.dumps(document).encode() + end)
-                wait(PRACTICE_TOKEN_SECONDS)
+                time.sleep(PRACTICE_TOKEN_SECONDS)
             if body["stream"]:
                 self.wfile.write(b"data: [DONE]\n\n")
 
@@ -1717,7 +1751,6 @@ class Chat:
         self.model = sampling.model
         self.totals = Totals(0, 0, True)
         self.unsaved = False
-        self.running = True
 
 def show(chat, text):
     """Show the lines of *text* to the person, not on stdout."""
@@ -1732,20 +1765,20 @@ def send(chat, question, turns):
     context = Conversation(chat.conversation.system, turns)
     request = build_chat_request(chat.sampling, chat.settings, context.messages(question), True)
     builder, renderer = ReplyBuilder(), TextRenderer(chat.terminal, True)
-    reply = None
+    reply, interrupted = None, False
+    replacing = len(turns) < len(chat.conversation.turns)
     try:
         if chat.typed_at:
-            chat.terminal.set_echo(False)
+            chat.terminal.set_echo(False)  # until the next prompt
         reply = ask(request, chat.settings, chat.terminal, renderer, builder)
     except KeyboardInterrupt:
         if not chat.typed_at:
             raise
+        interrupted = True
         if not builder.text:
             show(chat, "stopped: Up brings the question back")
     finally:
-        if chat.typed_at:
-            chat.terminal.set_echo(True)
-        if builder.text.strip():
+        if builder.text.strip() and (reply or interrupted or not replacing):
             chat.conversation.turns = context.turns + [(question, builder.text)]
             chat.unsaved = True
         usage = builder.usage
@@ -1848,19 +1881,23 @@ def do_edit(chat, argument):
     with TemporaryDirectory(prefix="xeroctl-") as folder:  # mode 0700
         path = os.path.join(folder, "message.txt")
         write_private(path, argument)
+        # Ctrl+C is the editor's; unlike SIG_IGN a handler of our own is not handed down to it.
+        ours = signal.signal(signal.SIGINT, lambda number, frame: None)
         try:
             status = subprocess.call(split(editor) + [path])
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot run {editor}: {error}: set VISUAL or EDITOR") from error
+        finally:
+            signal.signal(signal.SIGINT, ours)
         text = decode_prompt(read_file(path), path)
-    if status or not text.strip():
-        raise UsageError(f"nothing was sent: {editor} failed or left the file empty")
+    if status or text.strip() in ("", argument):
+        raise UsageError(f"nothing was sent: {editor} failed, or left the file as it was or empty")
     chat.editor.remember(text)
     send(chat, text, chat.conversation.turns)
 
 def do_quit(chat, argument):
     """End the session."""
-    chat.running = False
+    raise EOFError
 
 CHAT_COMMANDS = (
     ChatCommand("/help", "", do_help, "show this"),
@@ -1899,6 +1936,7 @@ def read_input(chat):
     """Return what the person types next, or the next line of a pipe; raise EOFError at the end."""
     if not chat.typed_at:
         return decode_prompt(chat.terminal.read_piped_line(), "standard input")
+    chat.terminal.set_echo(True)
     if not chat.terminal.quiet:
         chat.terminal.say(status_bar(
             chat.settings.endpoint, chat.model, chat.totals, len(chat.conversation.turns),
@@ -1918,7 +1956,7 @@ def chat_loop(chat, first):
     A failure is reported and the chat goes on; with a pipe the first one decides the status.
     """
     status = EXIT_OK
-    while chat.running:
+    while True:
         try:
             reading = True
             line, first = first or read_input(chat), None
@@ -1980,10 +2018,14 @@ def run_interactive(options, settings, terminal):
         raise UsageError("--interactive goes with neither --dry-run nor -o json")
     terminal.json = False  # which the config file may ask for
     sampling = build_sampling(options)
-    sampling.fields.setdefault("max_tokens", DEFAULT_INTERACTIVE_MAX_TOKENS)
+    if "max_completion_tokens" not in sampling.fields:  # the newer name of the same
+        sampling.fields.setdefault("max_tokens", DEFAULT_INTERACTIVE_MAX_TOKENS)
     first = first_message(options, terminal) if options.message is not None else None
     if first and first.startswith("/"):
         first = " " + first  # a message, whatever it looks like
+    if terminal.is_typed_at() and not terminal.quiet:
+        terminal.say(cut("/help lists the commands, Ctrl+D ends the session",
+                         terminal.err.width()), dim=True)
     chat = Chat(sampling, settings, terminal, CHAT_COMMANDS, Conversation(system_prompt(options)),
                 options.show_usage)
     try:
@@ -1994,6 +2036,9 @@ def run_interactive(options, settings, terminal):
         if chat.unsaved:
             keep(chat)
         raise
+    finally:
+        if chat.typed_at:
+            terminal.set_echo(True)
     return status
 
 def run_chat(options, settings, terminal):
@@ -2087,7 +2132,7 @@ def add_global_options(parser):
         help=f"API key; {ENV_API_KEY} keeps it out of the process list")
     add("--context", metavar="NAME", type=plain, help="deployment of the config file to use")
     add("-o", "--output", choices=("text", "json", "table"), metavar="FORM",
-        help="form of the output: text, json, or table, which means text")
+        help="form of the output: text or json (table, of other tools, is text)")
     add("--connect-timeout", metavar="SECONDS", type=seconds,
         help=f"limit for connecting (default: {DEFAULT_CONNECT_TIMEOUT_SECONDS})")
     add("--timeout", metavar="SECONDS", type=seconds,
@@ -2106,27 +2151,30 @@ def add_chat(commands):
     """Add the command chat."""
     parser = commands.add_parser("chat", help="ask an endpoint for a chat completion", description=(
         "Send a message to an endpoint and print the answer."))
-    parser.set_defaults(run=run_chat, needs_endpoint=True)
+    parser.set_defaults(run=run_chat)
     add = parser.add_argument
     positive, whole = number(1, MAX_NUMBER, int), number(-MAX_NUMBER, MAX_NUMBER, int)
     add("--endpoint", metavar="SLUG", type=slug, help="endpoint to ask (required, but for --demo)")
     add("-m", "--message", metavar="TEXT", type=typed_text,
         help="what to say; '-', or no -m, reads it from standard input")
+    add("--stream", action="store_true", help="print the answer as it is generated")
+    add("-i", "--interactive", action="store_true", help="hold a conversation; /help tells more")
     add("--system", metavar="TEXT", type=typed_text, help="system message")
-    add("--from-file", metavar="FILE", type=native_path, help="system message from a file; beats --system")
+    add("--from-file", metavar="FILE", type=native_path,
+        help="system message from a file; beats --system")
     add("--model", metavar="NAME", type=plain, help="model name to send (default: the endpoint)")
     add("--max-tokens", metavar="N", type=positive, help="limit for the answer, in tokens")
     add("--temperature", metavar="X", type=number(0, 2), help="sampling temperature, 0 to 2")
     add("--top-p", metavar="X", type=number(0, 1), help="nucleus sampling threshold, 0 to 1")
-    add("--frequency-penalty", metavar="X", type=number(-2, 2), help="-2 to 2")
-    add("--presence-penalty", metavar="X", type=number(-2, 2), help="-2 to 2")
+    add("--frequency-penalty", metavar="X", type=number(-2, 2),
+        help="against tokens used often, -2 to 2")
+    add("--presence-penalty", metavar="X", type=number(-2, 2),
+        help="against tokens used at all, -2 to 2")
     add("--seed", metavar="N", type=whole, help="seed for answers that can be repeated")
     add("--param", metavar="NAME=VALUE", type=body_field, action="append", default=[],
         help="any other field of the request body; VALUE is JSON, else text; may be repeated")
-    add("--slo-ttft", metavar="MS", type=positive, help="target time to the first token")
-    add("--slo-tpot", metavar="MS", type=positive, help="target time for each further token")
-    add("-i", "--interactive", action="store_true", help="hold a conversation; /help tells more")
-    add("--stream", action="store_true", help="print the answer as it is generated")
+    add("--slo-ttft", metavar="MS", type=positive, help="target for the first token, in ms")
+    add("--slo-tpot", metavar="MS", type=positive, help="target for each further token, in ms")
     add("--store", action="store_const", const=True, help="have the server keep the completion")
     add("--show-usage", action="store_true", help="print token counts and the id on stderr")
     add("--demo", action="store_true", help="talk to a practice endpoint inside this process")
@@ -2149,16 +2197,16 @@ def asks_for_json(arguments):
     return bool(re.search(r"(?:^|\0)(?:-o[\0=]?|--output[\0=])json(?:\0|$)", "\0".join(arguments)))
 
 @contextlib.contextmanager
-def settings_for(options, environ, terminal):
+def settings_for(options, environ):
     """Yield the Settings for *options*; with --demo they are those of a practice endpoint."""
-    if not getattr(options, "demo", False):
-        yield resolve_settings(options, environ, read_config(config_path(environ), terminal.notice))
+    if not options.demo:
+        yield resolve_settings(options, environ, read_config(config_path(environ)))
         return
     if options.base_url or options.context:
         raise UsageError("--demo brings its own endpoint: give no --base-url or --context with it")
     with practice_endpoint() as base_url:
         options.base_url, options.endpoint = base_url, options.endpoint or DEMO_ENDPOINT
-        yield resolve_settings(options, {}, Config("", None, {}))
+        yield resolve_settings(options, {}, Config("", None, {}, []))
 
 def run(arguments, terminal):
     """Parse *arguments* and run their command; return its exit status."""
@@ -2172,11 +2220,13 @@ def run(arguments, terminal):
         raise UsageError("no command: see xeroctl --help")
     if unknown:
         name = unknown[0].partition("=")[0]  # what follows may be a key
-        raise UsageError(f"unknown option or argument: {name}: see xeroctl {options.command} --help")
-    if options.needs_endpoint and not options.endpoint and not options.demo:
+        if not name.startswith("-"):
+            name += ", which no option takes (a message goes after -m)"
+        raise UsageError(f"unknown argument {name}: see xeroctl {options.command} --help")
+    if not options.endpoint and not options.demo:
         raise UsageError("no endpoint: give --endpoint SLUG, or --demo to try without one")
     terminal.quiet, terminal.verbose = options.quiet, options.verbose
-    with settings_for(options, os.environ, terminal) as settings:
+    with settings_for(options, os.environ) as settings:
         terminal.json = settings.output == "json"
         terminal.secret = settings.api_key
         for notice in settings.notices:

@@ -51,7 +51,7 @@ CASES = {
                 status=403, code="scope_insufficient"),
     # Refused
     "404": refused("404 Not Found", error("No such project.", code="project_not_found", type="not_found"),
-                   "HTTP 404 (project_not_found): No such project.: check --endpoint and the base URL",
+                   "HTTP 404 (project_not_found) at URL/e/v1/chat/completions: No such project.: check --endpoint and the base URL",
                    code="project_not_found"),
     "422 FastAPI": refused("422 Unprocessable Entity", FASTAPI, "HTTP 422: body.temperature: Input should be less than 2; "
                            "body.messages.0.role: Field required"),
@@ -134,8 +134,7 @@ def test_a_failed_exchange_is_one_line_or_one_json_object(start, server, name):
     children = start(*command), start(*command, "-o", "json")
     text, as_json = [child.finish() for child in children]
     assert (text.status, text.stdout, text.stderr.count(b"\n")) == (exit, b"", 1)
-    if message is None:
-        message = text.stderr.decode()[9:-1]
+    message = text.stderr.decode()[9:-1] if message is None else message.replace(" at URL", " at " + server.url)
     assert text.stderr.decode() == f"xeroctl: {message}\n"
     said = json.loads(as_json.stderr.decode())
     assert said == {"kind": kind, "message": message, **NOTHING, **fields}
@@ -252,10 +251,10 @@ USAGE_ERRORS = [
     (["chat", "-m", "hi", "--base-url", "http://127.0.0.1:1"], "no endpoint: give --endpoint SLUG, or --demo to try without one"),
     (["chat", "--endpoint", "e", "-m", "", "--base-url", "http://127.0.0.1:1"], "the message is empty"),
     (["chat", "--endpoint"], "argument --endpoint: expected one argument: see xeroctl chat --help"),
-    (["--nonsense", "chat"], "unknown option or argument: --nonsense: see xeroctl "),
-    (["chat", "--endpoint", "e", "--nonsense"], "unknown option or argument: --nonsense: see xeroctl chat --help"),
-    (["chat", "--endpoint", "e", "extra"], "unknown option or argument: extra: see xeroctl chat --help"),
-    (["chat", "--endpoint", "e", "--temp", "1"], "unknown option or argument: --temp: see xeroctl chat --help"),
+    (["--nonsense", "chat"], "unknown argument --nonsense: see xeroctl "),
+    (["chat", "--endpoint", "e", "--nonsense"], "unknown argument --nonsense: see xeroctl chat --help"),
+    (["chat", "--endpoint", "e", "extra"], "unknown argument extra, which no option takes (a message goes after -m): see xeroctl chat --help"),
+    (["chat", "--endpoint", "e", "--temp", "1"], "unknown argument --temp: see xeroctl chat --help"),
     (["nonsense"], "argument COMMAND: invalid choice: 'nonsense'"),
     (["chat", "--timeout", "x\x1b[31m"], "argument --timeout: not a number from 0.001 to 1000000: 'x\\x1b[31m'"),
 ]

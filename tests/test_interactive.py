@@ -182,12 +182,12 @@ def test_the_bar_tells_endpoint_model_tokens_and_messages(talk, server):
 def test_a_narrow_terminal_gets_a_cut_bar_and_a_prompt_whose_colour_has_no_width(talk, server):
     server.script(answer())
     child = talk(columns=20)
-    assert screen(child.output, 20) == ["endpoint: my-endpoin", ">"]
+    assert screen(child.output, 20) == ["/help lists the comm", "endpoint: my-endpoin", ">"]
     assert b"\x1b[1m> \x1b[0m" in child.output
     child.send("abcdefghijklmnopqrstuvwxyz\x01X")
     child.send("\r")
     child.expect(PROMPT)
-    assert screen(child.output, 20)[1:4] == ["> Xabcdefghijklmnopq", "rstuvwxyz", "Hello!"]
+    assert screen(child.output, 20)[2:5] == ["> Xabcdefghijklmnopq", "rstuvwxyz", "Hello!"]
     assert said(server, 1) == [("user", "Xabcdefghijklmnopqrstuvwxyz")]
     leave(child)
 
@@ -536,7 +536,7 @@ def test_keys_typed_during_a_reply_wait_for_the_next_prompt(talk, server):
     child.send("typed ahead")
     gate.set()
     child.expect(PROMPT)
-    assert screen(child.output)[2] == "Hello"
+    assert "Hello" in screen(child.output)
     child.expect("typed ahead")
     leave(child, "\r/quit\r")
     assert said(server, 2)[2:] == [("user", "typed ahead")]
@@ -729,7 +729,10 @@ def test_ctrl_c_while_a_pipe_is_silent_ends_the_chat(start, server):
     child = start(*options(server))
     child.send(b"one\n")
     child.expect("Hello!\n")
-    child.signal(signal.SIGINT)
+    while child.process.poll() is None:  # a signal just before Python waits for a line is seen with the next one
+        child.signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.process.wait(0.5)
     assert child.finish().status == 130
 
 

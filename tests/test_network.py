@@ -64,19 +64,19 @@ def refusing(unheard):
     return "127.0.0.1:%d" % unheard.getsockname()[1]
 
 
-REFUSED = "xeroctl: {note}%s refused the connection: is the server running?{again}\n"
+REFUSED = "xeroctl: %s refused the connection: is the server running?\n"
 
 
 def test_a_refused_connection_is_retried_visibly(run, refusing):
     result = run(*ask(f"http://{refusing}/v1", "--retries", "1"))
-    again = REFUSED.format(note="note: ", again=": trying again in 0.D s") % refusing
+    again = f"xeroctl: note: {refusing} refused the connection, trying again in 0.D s\n"
     assert (result.status, result.stdout) == (6, b"")
-    final = REFUSED.format(note="", again="") % refusing
+    final = REFUSED % refusing
     assert re.sub(r"0\.[345] s", "0.D s", result.stderr.decode()) == again + final
 
 
 def test_without_retries_a_refused_connection_is_one_line(run, refusing):
-    line = REFUSED.format(note="", again="") % refusing
+    line = REFUSED % refusing
     assert run(*ask(f"http://{refusing}/v1", "--retries", "0")) == (6, b"", line.encode())
 
 
@@ -254,7 +254,7 @@ NOT_HTTP = "does not speak HTTP"
     (response(b"<!DOCTYPE html><p>Hi", headers={"Content-Type": "text/html"}), "an HTML page"),
     (response(b"Hi"), "not JSON"),
     (response(BODY, headers={"Content-Encoding": "gzip"}), "not in the encoding that it claims"),
-    (response(BODY, headers={"Content-Encoding": "br"}), "not in the encoding that it claims"),
+    (response(b"\x1b\x2f\x01\xf8", headers={"Content-Encoding": "br"}), "not JSON"),
     (response(gzip.compress(BODY)[:-40], headers={"Content-Encoding": "gzip"}), "the reply is"),
 ], ids=["ssh", "TLS alert", "bare HTML", "status in words", "HTTP/9.9", "long header", "many headers", "204", "empty",
         "HTML", "text", "not gzip", "brotli", "gzip cut"])
@@ -271,11 +271,8 @@ def test_an_answer_that_makes_no_sense_is_status_5(chat, server, answer, reason)
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 501, 502, 503, 504])
 def test_a_passing_failure_is_retried(chat, server, status):
     server.script(json_response({"error": {"message": "busy"}}, f"{status} Busy", NOW), HELLO)
-    result = chat("-m", "Hi")
-    assert (result.status, result.stdout, len(server.requests)) == (0, b"Hello!\n", 2)
-    assert re.fullmatch(rb"xeroctl: note: HTTP %d: busy: .*trying again in 0.0 s\n" % status
-                        if status == 429 else rb"xeroctl: note: HTTP %d: busy: trying again in 0.0 s\n" % status,
-                        result.stderr)
+    assert chat("-m", "Hi") == (0, b"Hello!\n", b"xeroctl: note: HTTP %d, trying again in 0.0 s\n" % status)
+    assert len(server.requests) == 2
     assert server.requests[0].body == server.requests[1].body
 
 
@@ -379,7 +376,7 @@ def test_the_wait_that_the_server_asked_for_is_kept(chat, server, headers, error
     server.script(json_response({"error": error}, "429 Slow", headers), HELLO)
     result = chat("-m", "Hi")
     assert (result.status, result.stdout) == (0, b"Hello!\n")
-    assert result.stderr.endswith(b": trying again in 0.0 s\n")
+    assert result.stderr.endswith(b", trying again in 0.0 s\n")
 
 
 @pytest.mark.parametrize("value", ["Thu, 01 Jan 99999 00:00:00 GMT", "-1", "\xff\xfe", "0 0 0 0 0 0"])

@@ -83,7 +83,7 @@ def waiting_to_retry(start, server):
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("phase, output", [
     (connecting, b""), (waiting_for_headers, b""), (streaming, b"Hel\n"),
-    (waiting_to_retry, b"xeroctl: note: HTTP 503: trying again in 30.0 s\n"),
+    (waiting_to_retry, b"xeroctl: note: HTTP 503, trying again in 30.0 s\n"),
 ], ids=lambda value: getattr(value, "__name__", ""))
 def test_a_signal_ends_it_at_once_and_keeps_the_text(start, server, phase, output, number):
     child = phase(start, server)

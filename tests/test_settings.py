@@ -99,8 +99,14 @@ def test_no_base_url_says_the_three_ways_to_give_one(run, env, config):
             f"in {path}; --demo needs none\n").encode()
     assert run(*DRY) == (2, b"", line)
     assert run(*DRY, env={"XEROTIER_BASE_URL": ""}) == (2, b"", line)
-    config('[deployment.prod]\nbase_url = "https://api.example/v1"\n')  # and no current
-    assert run(*DRY) == (2, b"", line)
+
+
+def test_a_file_that_chooses_no_context_says_which_there_are(run, config):
+    path = config('[deployment.prod]\nbase_url = "https://api.example/v1"\n')
+    line = (f"xeroctl: no context is chosen: {path} has: prod: give --context NAME, "
+            "or put current = \"NAME\" at its top\n")
+    assert run(*DRY) == (2, b"", line.encode())
+    assert run(*DRY, "--context", "prod").status == 0
 
 
 def test_an_unknown_context_names_the_known_ones(run, config):

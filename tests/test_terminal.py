@@ -102,11 +102,11 @@ def test_the_spinner_counts_down_to_a_retry(terminal, server):
 
 
 def test_an_error_stands_alone_after_the_spinner(terminal, server):
-    server.script([Call(moment), json_response({"error": {"message": "no such model"}}, "404 Not Found")])
+    server.script([Call(moment), json_response({"error": {"message": "no such model"}}, "400 Bad Request")])
     child = terminal(*ask(server))
     child.expect(frame("waiting"))
     assert child.finish() == 4
-    assert screen(child.output) == ["xeroctl: HTTP 404: no such model: check --endpoint and the base URL"]
+    assert screen(child.output) == ["xeroctl: HTTP 400: no such model"]
 
 
 @pytest.mark.parametrize("columns", [20, 1])
@@ -141,7 +141,7 @@ def test_without_a_spinner_a_retry_is_a_line(terminal, server):
     server.script(json_response({}, "503 Busy", {"Retry-After": "0"}), HELLO)
     child = terminal(*ask(server), env={"NO_COLOR": "1"})
     assert (child.finish(), child.output) == (
-        0, b"xeroctl: note: HTTP 503: trying again in 0.0 s\r\nHello!\r\n")
+        0, b"xeroctl: note: HTTP 503, trying again in 0.0 s\r\nHello!\r\n")
 
 
 def test_a_background_job_draws_no_spinner(interpreter, env, server):

@@ -457,7 +457,7 @@ ERRORS_INSIDE = [
     *inside("an error of code 7", error(code=7), 5, " (7): no"),
     *inside("an error of code -1", error(code=-1), 5, " (-1): no"),
     *inside("an error of code true", error(code=True), 5, ": no"),
-    *inside("an error of a text for a code, as of LiteLLM", error(type="None", param="None", code="500"), 5, " (500): no"),
+    *inside("an error of a text for a code, as of LiteLLM", error(type="None", param="None", code="500"), 5, ": no"),
     *inside("an error beside choices, as of OpenRouter", {
         "id": "gen-1", "object": "chat.completion.chunk", "provider": "x", "error": {"code": "server_error", "message": "no"},
         "choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "error"}]}, 5, " (server_error): no"),
@@ -538,8 +538,8 @@ STATUSES = [
     refused("402 Payment Required", error("no credits", code=402), 4, ": no credits"),
     refused("403 Forbidden", b"<html>", 3, ": the answer is an HTML page: this key may not do that: check its scopes"),
     refused("403 Forbidden", b"error code: 1020", 3, ": error code: 1020: this key may not do that: check its scopes"),
-    refused("404 Not Found", error("no", code="DeploymentNotFound"), 4, " (DeploymentNotFound): no: check --endpoint and the base URL"),
-    refused("404 Not Found", b"404 page not found\n", 4, ": 404 page not found: check --endpoint and the base URL"),
+    refused("404 Not Found", error("no", code="DeploymentNotFound"), 4, " (DeploymentNotFound) at http://SERVER/e/v1/chat/completions: no: check --endpoint and the base URL"),
+    refused("404 Not Found", b"404 page not found\n", 4, " at http://SERVER/e/v1/chat/completions: 404 page not found: check --endpoint and the base URL"),
     refused("405 Method Not Allowed", {"detail": "Method Not Allowed"}, 4, ": Method Not Allowed"),
     refused("407 Proxy Authentication Required", b"", 4, ": the proxy wants a user and password: put them into its URL"),
     refused("408 Request Timeout", b"", 4, ""),
@@ -823,7 +823,7 @@ BREAKS = [
 
 
 def again(line, seconds="0.0"):
-    return f"note: {line}: trying again in {seconds} s"
+    return f"note: {line.partition(': ')[0]}, trying again in {seconds} s"
 
 
 def asked(name, headers=(), fields=(), status="429 Slow", seconds=None):
