@@ -1557,20 +1557,22 @@ def ask(request, settings, terminal, renderer, builder):
     """
     from random import random
 
-    for attempt in itertools.count(1):
-        try:
-            with terminal.spinner() as spinner:
-                return exchange(request, settings, terminal.trace, renderer, builder, spinner)
-        except BaseException as error:
-            if renderer.begun:
-                with contextlib.suppress(OSError, OutputError):  # what happened first counts
-                    renderer.finish()
-            elif not builder.begun and attempt <= settings.retries and getattr(
-                    error, "retryable", False):
+    try:
+        for attempt in itertools.count(1):
+            try:
+                with terminal.spinner() as spinner:
+                    return exchange(request, settings, terminal.trace, renderer, builder, spinner)
+            except XeroctlError as error:
+                begun = builder.begun or renderer.begun
+                if begun or not error.retryable or attempt > settings.retries:
+                    raise
                 pause(error, retry_delay(attempt, error.retry_after, random()), terminal)
                 builder.__init__()  # nothing of this try stays
-                continue
-            raise
+    except BaseException:
+        if renderer.begun:
+            with contextlib.suppress(OSError, OutputError):  # what happened first counts
+                renderer.finish()
+        raise
 
 # -- Practice endpoint ------------------------------------------------------------------------
 
