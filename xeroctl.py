@@ -483,7 +483,7 @@ def parse_usage(usage):
     counts = (field(usage, "prompt_tokens", int), field(usage, "completion_tokens", int),
               field(usage, "total_tokens", int), field(prompt, "cached_tokens", int),
               field(completion, "reasoning_tokens", int))
-    return Usage(*(None if count is None or count > MAX_NUMBER else count for count in counts))
+    return Usage(*(None if count is None or abs(count) > MAX_NUMBER else count for count in counts))
 
 class ReplyBuilder:
     """Add up the chunks of a stream, or one whole reply, to a Reply.
@@ -499,6 +499,10 @@ class ReplyBuilder:
         self.id = self.model = None
         self.usage = parse_usage(None)
         self.chunks = 0
+
+    def forget(self):
+        """Drop all that came: the try that it came from failed."""
+        self.__init__()
 
     def add(self, document):
         """Take in one chunk or reply, of whatever shape, and return its Delta."""
@@ -1021,6 +1025,7 @@ def connected_socket(address, seconds, *unused):
         try:
             connection.settimeout(max(0.001, (deadline - time.monotonic()) / left))
             connection.connect(place)
+            connection.settimeout(max(0.001, deadline - time.monotonic()))  # for TLS and a proxy
             return connection
         except OSError as error:
             connection.close()
@@ -1369,21 +1374,21 @@ class Terminal:
     def notice(self, sentence):
         """Tell the user something that is no failure, unless asked to be quiet."""
         if self.json and not self.quiet:
-            self.say(json.dumps({"kind": "notice", "message": sentence}))
+            self._say_object(kind="notice", message=sentence)
         elif not self.quiet:
             self.say("xeroctl: note: " + sentence)
 
     def error(self, error):
         """Report the XeroctlError *error* in one line, with -o json as an object."""
         if self.json:
-            self.say(json.dumps(dict(kind=error.kind, message=str(error), **vars(error))))
+            self._say_object(kind=error.kind, message=str(error), **vars(error))
         else:
             self.say(f"xeroctl: {error}")
 
     def report(self, kind, pairs):
         """Write the (name, value) *pairs* to stderr, a line each, with -o json as one object."""
         if self.json:
-            self.say(json.dumps(dict([("kind", kind)] + pairs)))
+            self._say_object(kind=kind, **dict(pairs))
         else:
             for name, value in pairs:
                 self.say(f"{name.replace('_', ' ')}: {value}", dim=True)
@@ -1392,6 +1397,10 @@ class Terminal:
         """Show *lines* of the HTTP exchange if asked to."""
         for line in lines if self.verbose else ():
             self.say(line, dim=True)
+
+    def _say_object(self, **fields):  # redacted before a key with a quote in it is escaped
+        self.say(json.dumps({name: redacted(value, self.secret) if isinstance(value, str) else value
+                             for name, value in fields.items()}))
 
     def _stop_spinner(self):
         if self._spinner:
@@ -1420,6 +1429,9 @@ class TextRenderer:
             self._last = text[-1]  # first: a Ctrl+C may come during the write
             self._terminal.answer(text)
 
+    def forget(self):
+        """Drop what is held: there is none, since no text came of a try that is made again."""
+
     def finish(self):
         """End the answer with one newline, its own or ours."""
         rest, self._held, self._streamed = self._held, "", True
@@ -1440,9 +1452,13 @@ class JsonRenderer:
         if self._held is not None:  # a second one: a stream, though we asked for none
             self._streamed = True
             self.finish()
-        self._held = document
+        self._held, self.begun = document, self.begun or bool(text)
         if self._streamed:
             self.finish()
+
+    def forget(self):
+        """Drop what is held: the try that it came from failed."""
+        self._held = None
 
     def finish(self):
         """Write what is still to be shown."""
@@ -1567,7 +1583,8 @@ def ask(request, settings, terminal, renderer, builder):
                 if begun or not error.retryable or attempt > settings.retries:
                     raise
                 pause(error, retry_delay(attempt, error.retry_after, random()), terminal)
-                builder.__init__()  # nothing of this try stays
+                builder.forget()
+                renderer.forget()
     except BaseException:
         if renderer.begun:
             with contextlib.suppress(OSError, OutputError):  # what happened first counts

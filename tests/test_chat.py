@@ -109,6 +109,26 @@ def test_json_with_half_a_surrogate_pair_stays_json(chat, server):
     assert chat("-m", "hi") == (0, b"half \xef\xbf\xbd\n", b"")
 
 
+CHUNKS = [chunk(delta={"role": "assistant"}), chunk("é"), chunk(finish="stop"), chunk(usage=USAGE, choices=[])]
+
+
+def json_lines(documents):
+    return "".join(json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n" for document in documents).encode()
+
+
+def test_a_stream_that_nobody_asked_for_is_a_json_line_a_chunk(chat, server):
+    server.script(stream(*CHUNKS, DONE))
+    assert chat("-m", "hi", "-o", "json") == (0, json_lines(CHUNKS), b"")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_stream_that_nobody_asked_for_is_printed_as_far_as_it_came(chat, server, count):
+    server.script(stream(*[chunk("lo")] * count))
+    result = chat("-m", "hi", "-o", "json")
+    assert (result.status, json.loads(result.stderr.decode())["kind"]) == (8, "cut_short")
+    assert b"".join(result.stdout.split()).count(b'"chat.completion.chunk"') == count
+
+
 # -- Usage -----------------------------------------------------------
 
 FULL_USAGE = {
@@ -132,8 +152,9 @@ FULL_USAGE = {
         (completion(usage={"prompt_tokens_details": None, "completion_tokens_details": [], "total_tokens": 12}),
          ["total tokens: 12", "id: chatcmpl-1"]),
         (completion(usage={"prompt_tokens_details": {"cached_tokens": 0}}), ["cached tokens: 0", "id: chatcmpl-1"]),
+        (completion(usage={**dict.fromkeys(USAGE, 10 ** 400), "total_tokens": 12}), ["total tokens: 12", "id: chatcmpl-1"]),
     ],
-    ids=["full", "null", "no id", "empty", "text", "list", "wrong types", "wrong details", "zero"],
+    ids=["full", "null", "no id", "empty", "text", "list", "wrong types", "wrong details", "zero", "400 digits"],
 )
 def test_show_usage_leaves_out_what_the_server_did_not_send(chat, server, reply, lines):
     server.script(json_response(reply))

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -350,6 +351,15 @@ def test_only_the_newest_thousand_of_a_longer_file_are_read(xeroctl, history):
     history.parent.mkdir(parents=True)
     history.write_text("".join(f'"{number}"\n' for number in range(1500)))
     assert xeroctl.read_history(str(history)) == [str(number) for number in range(500, 1500)]
+
+
+def test_a_history_of_5_megabytes_takes_no_longer_than_a_small_one(xeroctl, history):
+    history.parent.mkdir(parents=True)
+    history.write_text(f'"{"x" * 5000}"\n' * 1000)
+    begin = time.process_time()
+    xeroctl.append_history(str(history), "new")
+    assert time.process_time() - begin < 1
+    assert xeroctl.read_history(str(history)) == ["x" * 5000] * 999 + ["new"]
 
 
 @pytest.mark.parametrize("broken", [b"", b"not json", b'"half', b"\x00\x00\x00", b"{", b"[" * 200000],

@@ -238,10 +238,10 @@ def test_a_key_that_a_server_echoes_is_not_shown(start, server, reply):
 @pytest.mark.parametrize("options", [[], ["-o", "json"]], ids=str)
 @pytest.mark.parametrize("key", ['xero_"quoted"_0123', "xero_back\\slash_0123"])
 def test_a_key_of_odd_characters_is_not_shown_either(chat, server, key, options):
-    server.script(json_response(error(f"Bad key {key}!"), "401 Unauthorized"))
+    server.script(json_response(error(f"Bad key {key}!", code=key), "401 Unauthorized", {"X-Request-ID": key}))
     result = chat("-m", "hi", *options, env={"XEROTIER_API_KEY": key})
     assert (result.status, result.stdout) == (3, b"")
-    assert b"***" in result.stderr and b"0123" not in result.stderr
+    assert b"HTTP 401 (***, request ***): Bad key ***!" in result.stderr and b"0123" not in result.stderr
 
 
 # -- Usage errors ----------------------------------------------------

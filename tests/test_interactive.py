@@ -162,6 +162,13 @@ def test_the_practice_endpoint_can_be_talked_to(terminal):
     leave(child)
 
 
+def test_a_limit_by_its_newer_name_takes_the_place_of_ours(pipe, server):
+    server.script(answer())
+    assert pipe("one\n", "--param", "max_completion_tokens=5")[0] == 0
+    body = server.requests[0].json
+    assert (body["max_completion_tokens"], "max_tokens" in body) == (5, False)
+
+
 # -- Bar and prompt --------------------------------------------------
 
 
@@ -177,6 +184,21 @@ def test_the_bar_tells_endpoint_model_tokens_and_messages(talk, server):
         "endpoint: my-endpoint | model: test-model | tokens: 9/3 | msgs: 2",
         "endpoint: my-endpoint | model: test-model | tokens: ~9/~4 | msgs: 4",
     ]
+
+
+def test_a_terminal_is_greeted_once_unless_it_wants_quiet(talk, terminal, pipe, server):
+    server.always(answer())
+    greeting = "/help lists the commands, Ctrl+D ends the session"
+    child = talk()
+    enter(child, "one")
+    leave(child)
+    assert screen(child.output)[0] == greeting
+    assert child.output.decode().count(greeting) == 1
+    child = terminal(*options(server, "-q"))
+    child.expect("> ")
+    leave(child)
+    assert greeting.encode() not in child.output
+    assert greeting not in pipe("one\n")[2]
 
 
 def test_a_narrow_terminal_gets_a_cut_bar_and_a_prompt_whose_colour_has_no_width(talk, server):
@@ -383,6 +405,28 @@ def test_an_editor_that_fails_sends_nothing(talk, server, editor):
     assert server.requests == []
 
 
+def test_ctrl_c_in_an_editor_is_the_editors_own_business(talk, server, tmp_path):
+    editor = program(tmp_path / "my-ed", "trap 'echo kept >\"$1\"; exit 0' INT; echo ready; read -r line")
+    server.script(answer())
+    child = talk(env={"EDITOR": editor})
+    child.send("/edit\r")
+    child.expect("ready")
+    child.send("\x03")
+    child.expect(PROMPT)
+    child.send("junk")
+    child.expect("junk")
+    interrupt(child, PROMPT)
+    leave(child)
+    assert said(server, 1) == [("user", "kept")]
+
+
+def test_a_draft_that_the_editor_left_as_it_was_is_not_sent(talk, server):
+    child = talk(env={"EDITOR": "true"})
+    assert enter(child, "/edit a draft")[0].startswith("xeroctl: nothing was sent: true ")
+    leave(child)
+    assert server.requests == []
+
+
 # -- Slash commands --------------------------------------------------
 
 
@@ -470,6 +514,25 @@ def test_retry_replaces_the_answer_and_keeps_the_old_one_when_it_fails(pipe, ser
     assert said(server, 2) == [("user", "one")]
     assert said(server, 3) == TURN + [("user", "two")]
     assert said(server, 5) == [("user", "one"), ("assistant", "EINS"), ("user", "three")]
+
+
+def test_a_retry_that_breaks_off_keeps_the_old_answer(pipe, server):
+    server.script(answer("eins"), [stream_head(), HEL, sse({"error": "no"})], answer())
+    assert pipe("one\n/retry\ntwo\n")[:2] == (5, "eins\nHel\nHello!\n")
+    assert said(server, 3) == TURN + [("user", "two")]
+
+
+def test_ctrl_c_in_a_retry_keeps_what_came_of_the_new_answer(talk, server):
+    server.script(answer("eins"), [stream_head(), HEL, Hold()], answer())
+    child = talk()
+    enter(child, "one")
+    child.send("/retry\r")
+    child.expect("Hel")
+    child.send("\x03")
+    child.expect(PROMPT, timeout=5)
+    enter(child, "two")
+    leave(child)
+    assert said(server, 3) == [("user", "one"), ("assistant", "Hel"), ("user", "two")]
 
 
 @pytest.mark.parametrize("name", ["/retry", "/undo", "/edit"])

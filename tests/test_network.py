@@ -3,11 +3,14 @@
 import base64
 import contextlib
 import gzip
+import json
 import re
 import select
+import signal
 import socket
 import ssl
 import subprocess
+import time
 import zlib
 from http.client import HTTPMessage
 from threading import Event
@@ -15,7 +18,7 @@ from threading import Event
 import pytest
 
 import loopback
-from loopback import (BEFORE_REQUEST, DONE, Call, Drip, Gate, Hold, Reset, as_json, chunk, completion, head, http_chunk,
+from loopback import (BEFORE_REQUEST, DONE, Call, ClientGone, Drip, Gate, Hold, Reset, as_json, chunk, completion, head, http_chunk,
                       json_response, response, sse, stream, stream_head)
 
 HELLO = json_response(completion())
@@ -113,6 +116,91 @@ def test_a_tls_handshake_that_never_comes_has_the_same_limit(run, server):
 def test_the_limit_for_connecting_is_none_for_the_answer(chat, server):
     server.script([Call(moment), Call(moment), HELLO])
     assert chat("-m", "Hi", "--connect-timeout", "0.3") == (0, b"Hello!\n", b"")
+
+
+NAMED = """
+import os, signal, socket, sys, threading
+sys.path.insert(0, os.path.dirname(sys.argv.pop(1)))
+import xeroctl
+
+def addresses(*ports):
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+
+def silence():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # as a resolver, which sees no Ctrl+C
+    os.write(1, b"asked\\n")
+    threading.Event().wait()
+
+answers = [lambda: %s]  # a second question finds none, which is a traceback
+socket.getaddrinfo = lambda *question: answers.pop()()
+sys.exit(xeroctl.main())
+"""
+
+
+def named(answer):
+    """Return the interpreter's options for a tool to which a host's name has *answer*, an expression, once."""
+    return "-c", NAMED % answer
+
+
+@pytest.fixture
+def resolved(monkeypatch):
+    """Have each name stand for some ports of this machine."""
+    def resolved(*ports):
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *question: found)
+    return resolved
+
+
+def test_a_name_is_looked_up_once_and_each_address_tried(run, server, unheard):
+    server.script(HELLO)
+    options = named(f"addresses({unheard.getsockname()[1]}, {server.port})")
+    assert run(*ask("http://api.invalid/v1"), interpreter_options=options) == (0, b"Hello!\n", b"")
+
+
+def test_an_address_that_never_answers_leaves_time_for_the_next(xeroctl, resolved, server):
+    server.script([BEFORE_REQUEST, Hold()])
+    with full_listener() as port:
+        resolved(port, server.port)
+        with xeroctl.connected_socket(("api.invalid", 80), 0.6) as sock:
+            assert (sock.getpeername()[1], sock.gettimeout() > 0.1) == (server.port, True)
+
+
+def test_all_addresses_share_one_limit(xeroctl, resolved):
+    with full_listener() as port:
+        resolved(*[port] * 4)
+        begin = time.monotonic()
+        with pytest.raises(socket.timeout):
+            xeroctl.connected_socket(("api.invalid", 80), 0.4)
+        assert 0.3 < time.monotonic() - begin < 1.2
+
+
+def test_what_is_left_of_the_limit_is_left_for_the_handshake(run, server):
+    seconds = []
+
+    def wait(sock):
+        begin = time.monotonic()
+        with contextlib.suppress(ClientGone):
+            Hold().run(sock)
+        seconds.append(time.monotonic() - begin)
+
+    server.script([BEFORE_REQUEST, Call(wait)])
+    options = named(f"addresses(*[{server.port}] * 4)")
+    result = run(*ask("https://api.invalid/v1", "--connect-timeout", "0.6"), interpreter_options=options)
+    assert (result.status, server.gone[0].wait(5)) == (6, True)
+    assert seconds[0] > 0.4
+
+
+def test_a_name_that_is_never_resolved_has_the_same_limit(run):
+    line = b"xeroctl: no connection to api.invalid within 0.3 s: see --connect-timeout\n"
+    result = run(*ask("http://api.invalid/v1", "--connect-timeout", "0.3"), interpreter_options=named("silence()"))
+    assert result == (6, b"asked\n", line)
+
+
+def test_ctrl_c_ends_a_lookup_at_once(start):
+    child = start(*ask("http://api.invalid/v1"), interpreter_options=named("silence()"))
+    child.expect("asked")
+    child.signal(signal.SIGINT)
+    assert child.finish(timeout=2) == (130, b"asked\n", b"")
 
 
 # -- Silence ---------------------------------------------------------
@@ -304,6 +392,31 @@ def test_an_error_in_a_stream_before_the_first_token_is_retried(chat, server):
     server.script(stream(busy), stream(chunk("Hi", finish="stop"), DONE))
     result = chat("-m", "Hi", "--stream")
     assert (result.status, result.stdout, len(server.requests)) == (0, b"Hi\n", 2)
+
+FAILED_TRY = stream(chunk(finish="stop"), {"error": {"message": "busy", "code": 500, "retry_after": 0}})
+
+
+def test_a_retry_forgets_how_the_failed_try_ended(start, server):
+    gate = Event()
+    server.script(FAILED_TRY, [stream_head(), HEL, Gate(gate), Reset()])
+    child = start(*ask(server.url, "--stream", "--quiet"))
+    child.expect("Hel")
+    gate.set()
+    line = f"xeroctl: the reply was cut short: 127.0.0.1:{server.port} closed the connection\n"
+    assert child.finish() == (8, b"Hel\n", line.encode())
+
+
+def test_a_retry_forgets_what_json_the_failed_try_sent(chat, server):
+    server.script(FAILED_TRY, HELLO)
+    result = chat("-m", "Hi", "-o", "json", "--quiet")
+    assert result == (0, json.dumps(completion(), indent=2).encode() + b"\n", b"")
+
+
+def test_a_429_in_a_stream_may_be_a_text(chat, server):
+    server.always(stream({"error": {"message": "slow", "code": "429", "retry_after": 0}}))
+    line = b"xeroctl: error in the reply: slow: wait, or raise --retries\n"
+    assert chat("-m", "Hi", "--stream", "--quiet") == (7, b"", line)
+    assert len(server.requests) == 3
 
 
 DATE = "Thu, 01 Jan 2026 00:00:00 GMT"

@@ -286,9 +286,10 @@ def test_a_file_that_others_can_read_draws_one_note(run, config, mode, noted):
     assert run(*DRY, "--quiet").stderr == b""
 
 
-def test_notes_are_objects_when_errors_are(run, config):
-    path = config(deployments(prod={"base_url": "https://api.example/v1"}), 0o644)
-    said = json.loads(run(*DRY, "-o", "json").stderr.decode())
+@pytest.mark.parametrize("options, output", [(["-o", "json"], "text"), ([], "json")], ids=["option", "file"])
+def test_notes_are_objects_when_errors_are(run, config, options, output):
+    path = config(deployments(prod={"base_url": "https://api.example/v1", "output": output}), 0o644)
+    said = json.loads(run(*DRY, *options).stderr.decode())
     assert said == {"kind": "notice", "message": f"others can read {path}: chmod 600 it"}
 
 

@@ -654,6 +654,7 @@ HEADS = [
     wire("100 Continue twice, with headers", b"HTTP/1.1 100 Continue\r\nX-A: b\r\n\r\n" * 2 + stream(*HELLO), both()),
     wire("103 Early Hints first", b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\n\r\n" + stream(*HELLO),
          both()),
+    wire("103 Early Hints without end", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 2000 + stream(*HELLO), both("", 5, NOT_HTTP)),
     wire("102 Processing first", b"HTTP/1.1 102 Processing\r\n\r\n" + stream(*HELLO), both()),
     wire("101 is no answer", b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n", both("", 5, matching(".*"))),
     wire("only 100 Continue", b"HTTP/1.1 100 Continue\r\n\r\n", both("", 6, NO_WORD)),
