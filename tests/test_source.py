@@ -151,6 +151,7 @@ HEAVY = ["socket", "ssl", "http.client", "http.server", "urllib.request", "urlli
          "readline", "socketserver", "typing", "inspect", "logging", "tempfile", "subprocess", "asyncio", "tomllib"]
 REPORTING = f"""
 import sys
+import argparse  # which has threading in its train on 3.8
 before = set(sys.modules)
 sys.argv.pop(0)  # -c; the tool's path follows
 try:
