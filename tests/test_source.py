@@ -151,7 +151,7 @@ HEAVY = ["socket", "ssl", "http.client", "http.server", "urllib.request", "urlli
          "readline", "socketserver", "typing", "inspect", "logging", "tempfile", "subprocess", "asyncio", "tomllib"]
 REPORTING = f"""
 import sys
-import argparse  # which has threading in its train on 3.8
+import argparse, shutil  # which argparse asks for the width, and which has threading in its train on 3.8 and 3.9
 before = set(sys.modules)
 sys.argv.pop(0)  # -c; the tool's path follows
 try:
