@@ -1021,15 +1021,17 @@ def connected_socket(address, seconds, *unused):
     deadline = time.monotonic() + seconds
     found = resolve(*address, seconds)
     for left, (family, kind, protocol, _, place) in zip(range(len(found), 0, -1), found):
-        connection = socket.socket(family, kind, protocol)
+        connection = None
         try:
+            connection = socket.socket(family, kind, protocol)  # fails too, without IPv6
             connection.settimeout(max(0.001, (deadline - time.monotonic()) / left))
             connection.connect(place)
             connection.settimeout(max(0.001, deadline - time.monotonic()))  # for TLS and a proxy
             return connection
         except OSError as error:
-            connection.close()
             failure = error
+            if connection:
+                connection.close()
     raise failure
 
 class _Watched:

@@ -157,6 +157,14 @@ def test_a_name_is_looked_up_once_and_each_address_tried(run, server, unheard):
     assert run(*ask("http://api.invalid/v1"), interpreter_options=options) == (0, b"Hello!\n", b"")
 
 
+def test_an_address_of_a_family_that_the_machine_has_not_is_passed_over(xeroctl, monkeypatch, server):
+    server.script([BEFORE_REQUEST])
+    found = [(family, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port)) for family in (9999, socket.AF_INET)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *question: found)
+    with xeroctl.connected_socket(("api.invalid", 80), 5) as sock:
+        assert sock.getpeername()[1] == server.port
+
+
 def test_an_address_that_never_answers_leaves_time_for_the_next(xeroctl, resolved, server):
     server.script([BEFORE_REQUEST, Hold()])
     with full_listener() as port:
