@@ -13,19 +13,24 @@ The file reads bottom-up: a room uses only the rooms above it, and data flows on
     Errors             what can go wrong, and the exit status of each kind
     Records            the values that travel between rooms
     Settings           options, environment and config.toml made into one Settings    (pure)
+    Config edits       changes to config.toml that leave all other lines alone        (pure)
     Requests           bodies, headers, addresses, the same request as a curl line    (pure)
     Event stream       bytes cut anywhere made into events                            (pure)
     Replies            deltas made into a Reply, error bodies into one sentence       (pure)
     Conversation       the messages of a chat, and the document that keeps them       (pure)
     Text               what is printed, and what a terminal must not be sent          (pure)
-    Files              the config file, prompts, history, files that are private
+    Files              the config file, its keys, prompts, history, files that are private
     Transport          connections, TLS, proxies, and the bytes of a response
     Terminal           the three streams, notices, the spinner
     Rendering          an answer as text or as JSON
     Exchange           one question, its retries and its answer
     Practice endpoint  the server behind --demo
     Chat               the line editor, slash commands, the loop of --interactive
-    Commands           one run_* function a command
+    Commands           what the commands share; chat and models
+    Config commands    config: the deployments in the config file
+    Status             status: a request step by step, and what each took
+    Completions        completions: what --store had the server keep
+    Shell completion   completion: scripts for bash, zsh and fish, made from the parser  (pure)
     Command line       the parser, and main
 """
 
@@ -81,7 +86,8 @@ BODY_OPTIONS = ("max_tokens", "temperature", "top_p", "frequency_penalty", "pres
                 "seed", "store")
 CHAT_PATH = "/chat/completions"
 CONVERSATION_FORMAT, CONVERSATION_VERSION = "xeroctl-conversation", 1
-DEPLOYMENT_KEYS = ("base_url", "api_key", "api_key_keychain", "output")
+KEY_PLACES = ("api_key", "api_key_keychain", "api_key_command")
+DEPLOYMENT_KEYS = KEY_PLACES + ("base_url", "output")
 
 # -- Errors -----------------------------------------------------------------------------------
 
@@ -131,6 +137,9 @@ class CutShortError(XeroctlError):
     """The reply ended before its end; what came of it was shown."""
     kind, exit_status = "cut_short", EXIT_CUT_SHORT
 
+class Page(Exception):
+    """A text that was asked for in place of what a command does: help, version, a dry run."""
+
 class Terminated(BaseException):
     """Signal *number* asked the process to end; it passes every handler of errors but main's."""
 
@@ -144,7 +153,7 @@ class Terminated(BaseException):
 
 Config = namedtuple("Config", "path current deployments notices")
 Settings = namedtuple("Settings", "endpoint base_url api_key output timeout connect_timeout "
-                                  "retries cacert notices")
+                                  "retries cacert dry_run notices sources")
 Sampling = namedtuple("Sampling", "model fields headers")  # what chat's options add to a request
 Request = namedtuple("Request", "method url headers body streamed")
 Event = namedtuple("Event", "name data")
@@ -205,23 +214,30 @@ def parse_toml_subset(text):
             raise ValueError("cannot read this (at line %d)" % number) from error
     return document
 
-def parse_config(text, path):
-    """Return the Config that the TOML *text* of the file *path* describes.
+def parse_toml(text, path):
+    """Return the document in the TOML *text* of the file *path*.
 
     Raise UsageError, naming the file and the line, where it is broken.
     """
     try:
         import tomllib
     except ImportError:  # before Python 3.11
-        parse_toml = parse_toml_subset
+        parse = parse_toml_subset
     else:
-        parse_toml = tomllib.loads
+        parse = tomllib.loads
     try:
-        document = parse_toml(text.replace("\r\n", "\n"))
+        return parse(text.replace("\r\n", "\n"))
     except (ValueError, RecursionError) as error:
         last = text.rstrip().count("\n") + 1
         reason = str(error).replace("at end of document", f"at line {last}")
         raise UsageError(f"{path}: broken TOML: {reason}") from error
+
+def parse_config(text, path):
+    """Return the Config that the TOML *text* of the file *path* describes.
+
+    Raise UsageError where it is broken, or a value in it is of the wrong kind.
+    """
+    document = parse_toml(text, path)
     deployments = document.get("deployment", {})
     shapes = [("current", document.get("current", ""), str), ("deployment", deployments, dict)]
     for name, deployment in deployments.items() if isinstance(deployments, dict) else ():
@@ -251,19 +267,19 @@ def check_base_url(url):
                          "may have a query")
     return url if parts.query else url.rstrip("/")
 
-def endpoint_base(base_url, slug):
-    """Return the address of the endpoint *slug*, to which paths such as /models are appended."""
-    if "{endpoint}" in base_url:
-        return base_url.replace("{endpoint}", slug)
-    if base_url.split("?")[0].endswith(CHAT_PATH):
-        return base_url
-    project = base_url[:-3] if base_url.endswith("/v1") else base_url
-    return f"{project}/{slug}/v1"
+def endpoint_url(base_url, slug, path):
+    """Return the address of *path*, such as /models, at the endpoint *slug*.
 
-def chat_url(base_url, slug):
-    """Return the address to which a chat completion for the endpoint *slug* is posted."""
-    base = endpoint_base(base_url, slug)
-    return base if base.split("?")[0].endswith(CHAT_PATH) else base + CHAT_PATH
+    Without a slug it is that of the project; raise UsageError where the address needs one.
+    """
+    if not slug and "{endpoint}" in base_url:
+        raise UsageError("this base URL has a place for an endpoint: give --endpoint SLUG")
+    address, mark, query = base_url.replace("{endpoint}", slug or "").partition("?")
+    if address.endswith(CHAT_PATH):
+        address = address[:-len(CHAT_PATH)]
+    elif slug and "{endpoint}" not in base_url:
+        address = (address[:-3] if address.endswith("/v1") else address) + f"/{slug}/v1"
+    return address + path + mark + query
 
 def origin(url):
     """Return the scheme, host and port of *url* (RFC 6454): what a stored key is bound to."""
@@ -294,28 +310,43 @@ def check_api_key(key):
         raise UsageError("the API key has a space, a line end or another character that no key has")
     return key
 
-def resolve_settings(options, environ, config):
-    """Return the Settings that *options*, then *environ*, then the Config *config* ask for."""
+def check_deployment_name(text):
+    """Return *text*; raise UsageError where it is no good name for a deployment."""
+    if not re.match(r"[A-Za-z0-9._-]+\Z", text):
+        raise UsageError(f"a deployment is named by letters, digits, '.', '_' and '-', not {text!r}")
+    return text
+
+def first_set(*candidates):
+    """Return the first (value, source) of *candidates* that has a value, else (None, None)."""
+    return next((pair for pair in candidates if pair[0]), (None, None))
+
+def resolve_settings(options, environ, config, fetch_key):
+    """Return the Settings that *options*, then *environ*, then the Config *config* ask for.
+
+    *fetch_key* takes a deployment whose key is kept elsewhere, and returns that key.
+    """
     context = options.context or environ.get(ENV_CONTEXT) or config.current
-    deployment = find_deployment(config, context)
-    base_url = options.base_url or environ.get(ENV_BASE_URL) or deployment.get("base_url")
+    deployment, stored = find_deployment(config, context), f"deployment {context} in {config.path}"
+    base_url, base_url_source = first_set(
+        (options.base_url, "--base-url"), (environ.get(ENV_BASE_URL), ENV_BASE_URL),
+        (deployment.get("base_url"), stored))
     if not base_url and config.deployments and not context:
         raise UsageError(f"no context is chosen: {config.path} has: {known_contexts(config)}: "
-                         "give --context NAME, or put current = \"NAME\" at its top")
+                         "give --context NAME, or choose with: xeroctl config use NAME")
     if not base_url:
-        raise UsageError(f"no base URL: give --base-url URL, set {ENV_BASE_URL}, or put base_url "
-                         f"under [deployment.NAME] in {config.path}; --demo needs none")
+        raise UsageError(f"no base URL: set it up with: xeroctl config init, or set {ENV_BASE_URL} "
+                         f"and {ENV_API_KEY}, or try without any: xeroctl chat --demo -m Hello")
     base_url = check_base_url(base_url)
-    api_key, notices = options.api_key or environ.get(ENV_API_KEY), list(config.notices)
-    if not api_key and deployment.get("api_key"):
-        stored = deployment.get("base_url")
-        if stored and origin(check_base_url(stored)) == origin(base_url):
-            api_key = deployment["api_key"]
+    scheme, host, _ = origin(base_url)
+    api_key, key_source = first_set(
+        (options.api_key, "--api-key"), (environ.get(ENV_API_KEY), ENV_API_KEY))
+    notices = list(config.notices)
+    if not api_key and any(deployment.get(name) for name in KEY_PLACES):
+        home = deployment.get("base_url")
+        if home and origin(check_base_url(home)) == origin(base_url):
+            api_key, key_source = deployment.get("api_key") or fetch_key(deployment), stored
         else:
             notices.append(f"the key of context {context} is for another server and is not sent")
-    elif not api_key and deployment.get("api_key_keychain"):
-        raise UsageError(f"the key of context {context} is in a keychain: set {ENV_API_KEY}")
-    scheme, host, _ = origin(base_url)
     if api_key and scheme == "http" and not is_loopback(host):
         notices.append(f"the API key goes to {host} over plain http, for all on the way to read")
     output = options.output or deployment.get("output") or "text"
@@ -325,7 +356,85 @@ def resolve_settings(options, environ, config):
         endpoint=options.endpoint, base_url=base_url, api_key=check_api_key(api_key or "") or None,
         output="json" if output == "json" else "text", timeout=options.timeout,
         connect_timeout=options.connect_timeout, retries=options.retries, cacert=options.cacert,
-        notices=notices)
+        dry_run=options.dry_run, notices=notices, sources={"base_url": base_url_source, "api_key": key_source})
+
+def masked(key):
+    """Return what may be shown of an API key: its last four characters, of a long one."""
+    return "****" + (key[-4:] if len(key) >= 2 * MIN_REDACTED_CHARACTERS else "")
+
+# -- Config edits -----------------------------------------------------------------------------
+
+def without_table(lines, keys):
+    """Return the *lines* of a TOML text without the table *keys*, the tables and comments in it.
+
+    What follows it after an empty line, or stands right above the next table, stays.
+    """
+    kept, tail, inside = [], [], False
+    for line in lines + ["[end]"]:
+        header = _TOML_HEADER.match(line)
+        if header or line.lstrip().startswith("[["):
+            was, inside = inside, bool(header) and toml_keys(header.group(1))[:len(keys)] == keys
+            if was and not inside:
+                blanks = [place for place, held in enumerate(tail) if not held.strip()]
+                kept += tail[blanks[0] + 1:] if blanks else tail
+        if not inside:
+            kept.append(line)
+        elif re.match(_TOML_END, line):
+            tail.append(line)
+        else:
+            tail = []
+    return kept[:-1]
+
+def with_table(lines, keys, values):
+    """Return the *lines* of a TOML text with the table *keys* of texts *values* at their end."""
+    end = "\r" if lines[0].endswith("\r") else ""
+    quoted = [key if re.match(_TOML_KEY + r"\Z", key) else json.dumps(key) for key in keys]
+    lines = lines[:-1] if not lines[-1] else lines[:-1] + [lines[-1] + end]
+    table = [f"[{'.'.join(quoted)}]"] + [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    gap = [""] if lines and lines[-1].strip() else []
+    return lines + [line + end for line in gap + table] + [""]
+
+def with_current(lines, name):
+    """Return the *lines* of a TOML text with *name* as the value of current; without it for None."""
+    end = "\r" if lines[0].endswith("\r") else ""
+    for place, line in enumerate(lines):
+        pair = _TOML_PAIR.match(line)
+        value = pair and pair.group(1) == "current" and _TOML_VALUE.match(pair.group(2))
+        if value:
+            start, end = pair.start(2) + value.start(1), pair.start(2) + value.end(1)
+            if name is None:  # and without the empty line that sets it off at the top
+                kept = lines[:place] + lines[place + 1:]
+                return kept[1:] if place == 0 and kept[:1] == [end] else kept
+            return lines[:place] + [line[:start] + json.dumps(name) + line[end:]] + lines[place + 1:]
+        if line.lstrip().startswith("["):
+            break
+    gap = [end] if lines[0].strip() else []
+    return lines if name is None else [f"current = {json.dumps(name)}{end}"] + gap + lines
+
+def edited_config(text, path, current, deployments):
+    """Return the TOML *text* of the file *path* with this *current* and these *deployments*.
+
+    Whole deployments come and go; all lines that say anything else stay as they are.  Raise
+    UsageError where the text is written in a way that does not allow it.
+    """
+    old, document = parse_config(text, path), parse_toml(text, path)
+    lines = text.split("\n")
+    for name in set(old.deployments) - set(deployments):
+        lines = without_table(lines, ["deployment", name])
+    for name in set(deployments) - set(old.deployments):
+        lines = with_table(lines, ["deployment", name], deployments[name])
+    if current != old.current:
+        lines = with_current(lines, current)
+    edited = "\n".join(lines)
+    wanted = dict(document, current=current, deployment=deployments)
+    try:
+        found = dict({"current": None, "deployment": {}}, **parse_toml(edited, path))
+    except UsageError:
+        found = None
+    if found != wanted:
+        raise UsageError(f"{path} is written in a way that only an editor can change")
+    return edited
 
 # -- Requests ---------------------------------------------------------------------------------
 
@@ -333,6 +442,8 @@ def build_sampling(options):
     """Return the Sampling that the options of chat ask for: what the user set, and nothing else."""
     fields = {name: getattr(options, name) for name in BODY_OPTIONS
               if getattr(options, name) is not None}
+    if options.metadata:
+        fields["metadata"] = dict(options.metadata)
     fields.update(options.param)
     targets = (("X-SLO-TTFT-Ms", options.slo_ttft), ("X-SLO-TPOT-Ms", options.slo_tpot))
     return Sampling(options.model, fields,
@@ -358,8 +469,17 @@ def build_chat_request(sampling, settings, messages, stream):
     if stream:
         body["stream_options"] = {"include_usage": True}
     body.update(sampling.fields)
-    url = chat_url(settings.base_url, settings.endpoint)
+    url = endpoint_url(settings.base_url, settings.endpoint, CHAT_PATH)
     return build_request("POST", url, settings, body, sampling.headers)
+
+def build_stored_request(method, settings, path="", query=(), body=None):
+    """Return the Request for *path*, such as /ID, below the stored completions of the endpoint."""
+    from urllib.parse import urlencode
+
+    url = endpoint_url(settings.base_url, settings.endpoint, CHAT_PATH + path)
+    if query:
+        url += ("&" if "?" in url else "?") + urlencode(query)
+    return build_request(method, url, settings, body)
 
 def redacted(text, api_key):
     """Return *text* without the key, unless that is too short to be told from other words."""
@@ -843,17 +963,20 @@ def read_file(path):
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
 
-def read_config(path):
-    """Return the Config in the file *path*, an empty one where there is none."""
-    if not os.path.lexists(path):
-        return Config(path, None, {}, [])
-    data = read_file(path)
+def read_config_text(path):
+    """Return the byte-order mark, if any, and the text after it of the config file *path*."""
+    data = read_file(path) if os.path.lexists(path) else b""
     try:
-        config = parse_config(data.decode("utf-8-sig"), path)
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{path}: not UTF-8 (at line {line})") from error
-    if os.name == "posix" and os.stat(path).st_mode & 0o077:
+    return text[:text.startswith("\ufeff")], text[text.startswith("\ufeff"):]
+
+def read_config(path):
+    """Return the Config in the file *path*, an empty one where there is none."""
+    config = parse_config(read_config_text(path)[1], path)
+    if os.name == "posix" and os.path.lexists(path) and os.stat(path).st_mode & 0o077:
         config.notices.append(f"others can read {path}: chmod 600 it")
     return config
 
@@ -877,6 +1000,50 @@ def write_private(path, text):
         if isinstance(error, OSError):
             raise UsageError(f"cannot write {path}: {error.strerror}") from error
         raise
+
+def write_config(path, current, deployments):
+    """Give the config file *path* this *current* and these *deployments*; the rest stays.
+
+    A folder that is made for it is its owner's alone (mode 0700).
+    """
+    mark, text = read_config_text(path)
+    edited = edited_config(text, path, current, deployments)
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make {folder}: {error.strerror}") from error
+    write_private(path, mark + edited)
+
+def fetch_key(deployment):
+    """Return the API key that the keychain or the command of *deployment* prints.
+
+    The program gets no standard input, since that may be the message.  Raise UsageError.
+    """
+    import subprocess
+    from shlex import split
+    from shutil import which
+
+    name, command = deployment.get("api_key_keychain"), deployment.get("api_key_command")
+    programs = (["security", "find-generic-password", "-s", name, "-w"],  # macOS
+                ["secret-tool", "lookup", "service", name])  # Linux
+    try:
+        words = next((words for words in programs if which(words[0])), None) if name \
+            else split(command)
+        if not words:
+            raise UsageError(f"the API key is {name!r} in a keychain, and neither security nor "
+                             f"secret-tool is here to read it: set {ENV_API_KEY}")
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot run {command or words[0]} for the API key: {reason}") from error
+    key = done.stdout.decode("utf-8", "replace").partition("\n")[0].strip()
+    if done.returncode or not key:
+        said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise UsageError(f"{command or words[0]} gave no API key (status {done.returncode})"
+                         + (f": {said}" if said else ""))
+    return key
 
 def read_history(path):
     """Return the newest entries of the history file *path*, the oldest first."""
@@ -1011,15 +1178,13 @@ def exchange_error(error, place, seconds, begun):
         return ServerError(f"{place} does not speak HTTP: {type(error).__name__}")
     return NetworkError(f"{place} closed the connection without an answer", retryable=broken)
 
-def connected_socket(address, seconds, *unused):
-    """Return a socket connected to the (host, port) *address*; raise OSError.
+def connected_socket(found, deadline):
+    """Return a socket connected to one of the addresses *found*; raise OSError.
 
-    Unlike socket.create_connection it takes *seconds* for the name and all its addresses together.
+    Unlike socket.create_connection it keeps one *deadline*, a monotonic time, for all of them.
     """
     import socket
 
-    deadline = time.monotonic() + seconds
-    found = resolve(*address, seconds)
     for left, (family, kind, protocol, _, place) in zip(range(len(found), 0, -1), found):
         connection = None
         try:
@@ -1035,20 +1200,36 @@ def connected_socket(address, seconds, *unused):
     raise failure
 
 class _Watched:
-    """Mixed into http.client's connections: two limits in time, and a trace of what is sent."""
+    """Mixed into http.client's connections: two limits in time, and a trace of what is done."""
 
     def __init__(self, host, place, settings, trace, **options):
         super().__init__(host, **options)
         self._place, self._settings, self._trace = place, settings, trace
-        self._create_connection = connected_socket
+        self._create_connection = self._open
 
     def connect(self):
         try:
             super().connect()
         except (OSError, ValueError) as error:
             raise connect_error(error, self._place, self.timeout) from error
-        self._trace(["* connected to " + self._place])
+        if hasattr(self.sock, "getpeercert"):
+            import ssl
+
+            version, expiry = self.sock.version(), self.sock.getpeercert()["notAfter"]
+            days = int((ssl.cert_time_to_seconds(expiry) - time.time()) // (24 * 60 * 60))
+            self._trace([f"* {version}, the certificate is good for {days} more days"],
+                        tls={"version": version, "certificate_days": days})
         self.sock.settimeout(self._settings.timeout)
+
+    def _open(self, address, seconds, *unused):
+        deadline = time.monotonic() + seconds
+        found = resolve(*address, seconds)
+        addresses = list(dict.fromkeys(place[0] for *_, place in found))
+        self._trace([f"* {address[0]} is {', '.join(addresses)}"], name={"addresses": addresses})
+        connection = connected_socket(found, deadline)
+        self._trace(["* connected to " + self._place],
+                    connection={"address": connection.getpeername()[0]})
+        return connection
 
     def send(self, data):
         if self.sock is None:
@@ -1164,7 +1345,8 @@ def response_chunks(response, place, seconds):
 def open_response(request, settings, trace):
     """Send *request*, yield the Response to it, and close the connection.
 
-    *trace* is called with lists of lines: the exchange, without credentials.  Raise NetworkError
+    *trace* is called with lists of lines, the exchange without credentials; and, named for the
+    step, with a dict of facts when the name, the connection and TLS are done.  Raise NetworkError
     where there is no response, ServerError where it is not HTTP; reading the chunks can raise
     these too, and CutShortError.
     """
@@ -1329,6 +1511,13 @@ class Terminal:
             self.err.write(prompt)
         return self.read_piped_line().decode("utf-8", "replace").rstrip("\n")
 
+    def read_secret(self, prompt):
+        """Return a line that is typed without being shown, or the next one of a pipe."""
+        if self.is_typed_at():
+            from getpass import getpass
+            return getpass(prompt).strip()
+        return self.read_piped_line().decode("utf-8", "replace").strip()
+
     def read_piped_line(self):
         """Return the bytes of the next line of standard input; raise EOFError at its end."""
         line = self._stdin.buffer.readline() if self._stdin else b""
@@ -1395,7 +1584,7 @@ class Terminal:
             for name, value in pairs:
                 self.say(f"{name.replace('_', ' ')}: {value}", dim=True)
 
-    def trace(self, lines):
+    def trace(self, lines, **facts):
         """Show *lines* of the HTTP exchange if asked to."""
         for line in lines if self.verbose else ():
             self.say(line, dim=True)
@@ -1473,6 +1662,24 @@ class JsonRenderer:
         self._held, self.begun = None, True
         self._terminal.answer(line + "\n", "backslashreplace")  # a lone surrogate as its escape
 
+def show_json(document, terminal):
+    """Show *document* on stdout."""
+    renderer = JsonRenderer(terminal, False)
+    renderer.show(document, "")
+    renderer.finish()
+
+def show_rows(names, rows, terminal):
+    """Show *rows* of texts: on a terminal as a table under *names*, else separated by tabs."""
+    rows = [[" ".join(printable(cell).split()) for cell in row] for row in rows]
+    if terminal.out.is_terminal:
+        rows.insert(0, [name.upper() for name in names])
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines = [cut(line, terminal.out.width()) for line in lines]
+    else:
+        lines = ["\t".join(row) for row in rows]
+    terminal.answer("".join(line + "\n" for line in lines))
+
 def report_reply(reply, streamed, show_usage, terminal):
     """Tell on stderr how *reply* ended and what it took."""
     notice = finish_notice(reply)
@@ -1533,14 +1740,29 @@ def documents(response, streamed):
         return stream_documents(chunks)
     return whole_document(chunks, response.through)
 
+def check_status(response, request, settings):
+    """Raise the error that *response* to *request* stands for, if it is one by its HTTP status."""
+    if not 200 <= response.status <= 299:
+        address = f" at {request.url}" if response.status == 404 else ""
+        raise parse_error(read_error_body(response.chunks), response.status, response.headers,
+                          settings.api_key, address + response.through)
+
+def receive(request, settings, trace):
+    """Send *request* once and return the JSON document that answers it, empty for HTTP 204."""
+    with open_response(request, settings, trace) as response:
+        check_status(response, request, settings)
+        if response.status == 204:
+            return {}
+        document = next(whole_document(response.chunks, response.through))
+        if isinstance(document, dict) and is_error(document):
+            raise build_error(document, 200, response.headers, settings.api_key)
+        return document
+
 def exchange(request, settings, trace, renderer, builder, spinner):
     """Send *request* once, show the answer as it comes, and return the Reply."""
     sent, first_token_seconds = time.monotonic(), None
     with open_response(request, settings, trace) as response:
-        if not 200 <= response.status <= 299:
-            address = f" at {request.url}" if response.status == 404 else ""
-            raise parse_error(read_error_body(response.chunks), response.status, response.headers,
-                              settings.api_key, address + response.through)
+        check_status(response, request, settings)
         try:
             for document in documents(response, request.streamed):
                 if is_error(document):
@@ -1568,25 +1790,51 @@ def pause(error, seconds, terminal):
         spinner.say(reason + ", trying again in", time.monotonic() + seconds)
         time.sleep(seconds)
 
+def retried(attempt, begun, settings, terminal):
+    """Return what *attempt*, given a Spinner, returns; call it again after what may pass.
+
+    Once *begun* returns true there is no other try.
+    """
+    from random import random
+
+    for count in itertools.count(1):
+        try:
+            with terminal.spinner() as spinner:
+                return attempt(spinner)
+        except XeroctlError as error:
+            if begun() or not error.retryable or count > settings.retries:
+                raise
+            pause(error, retry_delay(count, error.retry_after, random()), terminal)
+
+def fetch(request, settings, terminal):
+    """Send *request* and return the JSON document that answers it; retry what may be retried.
+
+    Raise Page, a curl line, for a dry run.
+    """
+    if settings.dry_run:
+        raise Page(curl_line(request, settings) + "\n")
+
+    def attempt(spinner):
+        return receive(request, settings, terminal.trace)
+
+    return retried(attempt, lambda: False, settings, terminal)
+
 def ask(request, settings, terminal, renderer, builder):
     """Send *request*, show the answer through *renderer* as it comes, and return the Reply.
 
     What may be retried is, as long as no token came.  *builder* holds what arrived on a failure.
+    Raise Page, a curl line, for a dry run.
     """
-    from random import random
+    if settings.dry_run:
+        raise Page(curl_line(request, settings) + "\n")
+
+    def attempt(spinner):
+        builder.forget()
+        renderer.forget()
+        return exchange(request, settings, terminal.trace, renderer, builder, spinner)
 
     try:
-        for attempt in itertools.count(1):
-            try:
-                with terminal.spinner() as spinner:
-                    return exchange(request, settings, terminal.trace, renderer, builder, spinner)
-            except XeroctlError as error:
-                begun = builder.begun or renderer.begun
-                if begun or not error.retryable or attempt > settings.retries:
-                    raise
-                pause(error, retry_delay(attempt, error.retry_after, random()), terminal)
-                builder.forget()
-                renderer.forget()
+        return retried(attempt, lambda: builder.begun or renderer.begun, settings, terminal)
     except BaseException:
         if renderer.begun:
             with contextlib.suppress(OSError, OutputError):  # what happened first counts
@@ -1597,6 +1845,7 @@ def ask(request, settings, terminal, renderer, builder):
 
 PRACTICE_OPENINGS = ("Hello from the practice endpoint!", "The practice endpoint speaking.",
                      "You have reached the practice endpoint.")
+PRACTICE_QUESTIONS = ("What do koalas eat?", "Name three colours.")  # of the stored samples
 PRACTICE_FIRST_TOKEN_SECONDS = 0.4
 PRACTICE_TOKEN_SECONDS = 0.02
 
@@ -1615,20 +1864,64 @@ def practice_reply(body):
              "total_tokens": prompt + len(sent)}
     return sent, "length" if len(sent) < len(words) else "stop", usage
 
-def practice_documents(body):
-    """Yield the documents that answer the request *body*: the chunks of a stream, or one reply."""
+def practice_chunks(words, finish_reason, usage, common):
+    """Yield the chunks of a stream of *words*; *common* is what each of them begins with."""
+    common = dict(common, object="chat.completion.chunk")
+    for word in words:
+        yield dict(common, choices=[{"index": 0, "delta": {"content": word}}])
+    yield dict(common, choices=[{"index": 0, "delta": {}, "finish_reason": finish_reason}])
+    yield dict(common, choices=[], usage=usage)
+
+def practice_completion(body, stored):
+    """Yield the documents that answer the request *body*; put the completion where it asks for it.
+
+    *stored* is a dict of (completion, messages) by id.
+    """
     words, finish_reason, usage = practice_reply(body)
-    common = {"id": "chatcmpl-practice", "created": int(time.time()), "model": "practice",
-              "object": "chat.completion.chunk" if body["stream"] else "chat.completion"}
-    if body["stream"]:
-        for word in words:
-            yield dict(common, choices=[{"index": 0, "delta": {"content": word}}])
-        yield dict(common, choices=[{"index": 0, "delta": {}, "finish_reason": finish_reason}])
-        yield dict(common, choices=[], usage=usage)
-    else:
-        message = {"role": "assistant", "content": "".join(words)}
-        yield dict(common, usage=usage, choices=[
-            {"index": 0, "message": message, "finish_reason": finish_reason}])
+    common = {"id": f"chatcmpl-practice-{len(stored) + 1}", "created": int(time.time()),
+              "model": "practice"}
+    message = {"role": "assistant", "content": "".join(words)}
+    whole = dict(common, object="chat.completion", usage=usage,
+                 metadata=body.get("metadata") or {}, choices=[
+                     {"index": 0, "message": message, "finish_reason": finish_reason}])
+    if body.get("store"):
+        stored[whole["id"]] = whole, body["messages"]
+    return practice_chunks(words, finish_reason, usage, common) if body.get("stream") else [whole]
+
+def practice_list(query, stored):
+    """Return the list of the *stored* completions that *query*, a dict of texts, asks for."""
+    tags = {name[len("metadata["):-1]: value for name, value in query.items() if "[" in name}
+    found = [whole for whole, _ in stored.values()
+             if tags.items() <= whole["metadata"].items()
+             and query.get("model", "practice") == "practice"]
+    found = found[::-1] if query.get("order") == "desc" else found
+    ids = [whole["id"] for whole in found]
+    start = ids.index(query["after"]) + 1 if query.get("after") in ids else 0
+    end = start + int(query.get("limit", 20))
+    return {"object": "list", "data": found[start:end], "has_more": end < len(found)}
+
+def practice_answer(method, target, body, stored):
+    """Return the (status, document) that answers anything but a request for a completion."""
+    from urllib.parse import parse_qsl
+
+    path, _, query = target.partition("?")
+    _, _, path = path.partition("/v1")
+    name, _, part = path[len(CHAT_PATH) + 1:].partition("/")
+    if path == "/models":
+        return 200, {"object": "list", "data": [{"id": "practice", "object": "model"}]}
+    if path == CHAT_PATH and method == "GET":
+        return 200, practice_list(dict(parse_qsl(query)), stored)
+    if name not in stored or part not in ("", "messages"):
+        return 404, {"error": {"message": f"there is no {name or path} here", "code": "not_found"}}
+    whole, messages = stored[name]
+    if part:
+        return 200, {"object": "list", "data": messages, "has_more": False}
+    if method == "POST":
+        whole["metadata"] = body["metadata"]
+    if method == "DELETE":
+        del stored[name]
+        return 200, {"id": name, "object": "chat.completion.deleted", "deleted": True}
+    return 200, whole
 
 @contextlib.contextmanager
 def practice_endpoint():
@@ -1637,20 +1930,34 @@ def practice_endpoint():
     from http.server import BaseHTTPRequestHandler
     from socketserver import TCPServer, ThreadingMixIn
 
+    stored = {}
+    for place, question in enumerate(PRACTICE_QUESTIONS, 1):
+        practice_completion({"store": True, "seed": place, "metadata": {"sample": str(place)},
+                             "messages": [{"role": "user", "content": question}]}, stored)
+
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            time.sleep(PRACTICE_FIRST_TOKEN_SECONDS)
-            self.send_response(200)
-            kind = "text/event-stream" if body["stream"] else "application/json"
+        def do_GET(self):
+            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = json.loads(data.decode()) if data else {}
+            if self.command == "POST" and self.path.endswith(CHAT_PATH):
+                time.sleep(PRACTICE_FIRST_TOKEN_SECONDS)
+                status, answers = 200, practice_completion(body, stored)
+            else:
+                status, answer = practice_answer(self.command, self.path, body, stored)
+                answers = [answer]
+            streamed = body.get("stream")
+            kind = "text/event-stream" if streamed else "application/json"
+            self.send_response(status)
             self.send_header("Content-Type", kind)
             self.end_headers()
-            start, end = (b"data: ", b"\n\n") if body["stream"] else (b"", b"")
-            for document in practice_documents(body):
+            start, end = (b"data: ", b"\n\n") if streamed else (b"", b"")
+            for document in answers:
                 self.wfile.write(start + json.dumps(document).encode() + end)
-                time.sleep(PRACTICE_TOKEN_SECONDS)
-            if body["stream"]:
+                time.sleep(PRACTICE_TOKEN_SECONDS if streamed else 0)
+            if streamed:
                 self.wfile.write(b"data: [DONE]\n\n")
+
+        do_POST = do_DELETE = do_GET
 
         def log_message(self, *args):
             pass
@@ -2012,6 +2319,32 @@ def keep(chat):
 
 # -- Commands ---------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def practice_settings(options):
+    """Yield the Settings of a practice endpoint, which lives until the end."""
+    if options.base_url or options.context:
+        raise UsageError("--demo brings its own endpoint: give no --base-url or --context with it")
+    with practice_endpoint() as base_url:
+        options.base_url, options.endpoint = base_url, options.endpoint or DEMO_ENDPOINT
+        settings = resolve_settings(options, {}, Config("", None, {}, []), fetch_key)
+        yield settings._replace(sources=dict(settings.sources, base_url="--demo"))
+
+@contextlib.contextmanager
+def open_settings(options, terminal, endpoint_needed=True):
+    """Yield the Settings for *options*, of which the terminal is told what it needs to know."""
+    with contextlib.ExitStack() as stack:
+        if options.demo:
+            settings = stack.enter_context(practice_settings(options))
+        else:
+            config = read_config(config_path(os.environ))
+            settings = resolve_settings(options, os.environ, config, fetch_key)
+        if endpoint_needed and not settings.endpoint:
+            raise UsageError("no endpoint: give --endpoint SLUG, or --demo to try without one")
+        terminal.json, terminal.secret = settings.output == "json", settings.api_key
+        for notice in settings.notices:
+            terminal.notice(notice)
+        yield settings
+
 def system_prompt(options):
     """Return the text of --from-file, else of --system, else None."""
     if options.from_file:
@@ -2062,24 +2395,657 @@ def run_interactive(options, settings, terminal):
             terminal.set_echo(True)
     return status
 
-def run_chat(options, settings, terminal):
+def run_single(options, settings, terminal):
     """Ask one question and show the answer."""
-    if options.interactive:
-        return run_interactive(options, settings, terminal)
     messages = Conversation(system_prompt(options)).messages(first_message(options, terminal))
     request = build_chat_request(build_sampling(options), settings, messages, options.stream)
-    if options.dry_run:
-        terminal.answer(curl_line(request, settings) + "\n")
-        return EXIT_OK
     renderer = (JsonRenderer if terminal.json else TextRenderer)(terminal, options.stream)
     reply = ask(request, settings, terminal, renderer, ReplyBuilder())
     report_reply(reply, options.stream, options.show_usage, terminal)
     return EXIT_OK
 
-# -- Command line -----------------------------------------------------------------------------
+def run_chat(options, terminal):
+    """Ask one question, or hold a conversation."""
+    with open_settings(options, terminal) as settings:
+        return (run_interactive if options.interactive else run_single)(options, settings, terminal)
 
-class Page(Exception):
-    """A page of text, help or version, that was asked for in place of a command."""
+def listed(document, what):
+    """Return the objects in the list that the server answered with; raise ServerError for none."""
+    found = document if isinstance(document, list) else field(document, "data", list)
+    if found is None:
+        raise ServerError(f"the reply holds no list of {what}")
+    return [item for item in found if isinstance(item, dict)]
+
+def models_request(settings):
+    """Return the Request for the models behind the endpoint, or behind the project without one."""
+    url = endpoint_url(settings.base_url, settings.endpoint, "/models")
+    return build_request("GET", url, settings)
+
+def run_models(options, terminal):
+    """Show the ids of the models behind an endpoint."""
+    with open_settings(options, terminal) as settings:
+        document = fetch(models_request(settings), settings, terminal)
+    if terminal.json:
+        show_json(document, terminal)
+    else:
+        show_rows(("id",), [(field(model, "id", str) or "",) for model in
+                            listed(document, "models")], terminal)
+    return EXIT_OK
+
+def refuse_dry_run(options):
+    """Raise UsageError for a dry run of a command that does more than send one request."""
+    if options.dry_run:
+        raise UsageError(f"--dry-run does not go with {options.command}: it shows one request")
+
+# -- Config commands --------------------------------------------------------------------------
+
+def key_note(deployment):
+    """Return where the key of *deployment* is, or as much of it as may be shown."""
+    if deployment.get("api_key"):
+        return masked(deployment["api_key"])
+    return next((f"{name[len('api_key_'):]} {deployment[name]}" for name in KEY_PLACES
+                 if deployment.get(name)), "")
+
+def shown_deployment(deployment):
+    """Return the fields of *deployment*, the key masked, dates as texts."""
+    fields = {name: masked(value) if name == "api_key" else value
+              for name, value in deployment.items()}
+    return json.loads(json.dumps(fields, default=str))
+
+def run_config_list(options, terminal):
+    """Show the deployments, the current one marked."""
+    config = read_config(config_path(os.environ))
+    if terminal.json:
+        show_json({"current": config.current, "deployment": {
+            name: shown_deployment(found) for name, found in config.deployments.items()}}, terminal)
+        return EXIT_OK
+    show_rows(("name", "current", "base URL", "key"), [
+        (name, "*" * (name == config.current), found.get("base_url", ""), key_note(found))
+        for name, found in config.deployments.items()], terminal)
+    if not config.deployments:
+        terminal.notice(f"no deployments in {config.path}: add one with: xeroctl config init")
+    return EXIT_OK
+
+def run_config_show(options, terminal):
+    """Show one deployment, the chosen one unless another is named."""
+    config = read_config(config_path(os.environ))
+    name = options.name or options.context or os.environ.get(ENV_CONTEXT) or config.current
+    if name is None:
+        raise UsageError(f"no context is chosen: {config.path} has: {known_contexts(config)}")
+    shown = shown_deployment(find_deployment(config, name))
+    if terminal.json:
+        show_json(shown, terminal)
+        return EXIT_OK
+    for field_name, value in dict({"name": name}, **shown).items():
+        terminal.answer(f"{field_name}: {value if isinstance(value, str) else json.dumps(value)}\n")
+    return EXIT_OK
+
+def run_config_path(options, terminal):
+    """Show where the config file is, or would be."""
+    path = config_path(os.environ)
+    if terminal.json:
+        show_json(path, terminal)
+    else:
+        terminal.answer(path + "\n")
+    return EXIT_OK
+
+def add_deployment(name, base_url, api_key, terminal):
+    """Put a new deployment into the config file; the first one becomes the current one."""
+    config = read_config(config_path(os.environ))
+    if name in config.deployments:
+        raise UsageError(f"{name} is there already: remove it first, or edit {config.path}")
+    values = {"base_url": check_base_url(base_url)}
+    if api_key:
+        values["api_key"] = check_api_key(api_key)
+    current = config.current or name
+    write_config(config.path, current, dict(config.deployments, **{name: values}))
+    terminal.notice(f"added {name} to {config.path}" + (
+        ": it is the current one" if current == name else f": choose it with --context {name}, or "
+        f"with: xeroctl config use {name}"))
+
+def run_config_add(options, terminal):
+    """Add a deployment, its key from standard input for '-'."""
+    refuse_dry_run(options)
+    if not options.base_url:
+        raise UsageError("no base URL: give --base-url URL")
+    api_key = options.api_key
+    if api_key == "-":
+        with contextlib.suppress(EOFError):
+            api_key = terminal.read_secret("API key, not shown: ")
+        if api_key in ("", "-"):
+            raise UsageError("no API key on standard input")
+    add_deployment(options.name, options.base_url, api_key, terminal)
+    return EXIT_OK
+
+def run_config_use(options, terminal):
+    """Make a deployment the current one."""
+    refuse_dry_run(options)
+    config = read_config(config_path(os.environ))
+    find_deployment(config, options.name)
+    write_config(config.path, options.name, config.deployments)
+    terminal.notice(f"{options.name} is the current context")
+    return EXIT_OK
+
+def run_config_remove(options, terminal):
+    """Remove a deployment."""
+    refuse_dry_run(options)
+    config = read_config(config_path(os.environ))
+    find_deployment(config, options.name)
+    left = {name: found for name, found in config.deployments.items() if name != options.name}
+    write_config(config.path, None if config.current == options.name else config.current, left)
+    terminal.notice(f"removed {options.name}" + (
+        ", which was the current one: choose another with: xeroctl config use NAME"
+        if left and config.current == options.name else ""))
+    return EXIT_OK
+
+def asked(read, question, check, terminal):
+    """Return what a person answers; ask again until *check*, which raises UsageError, takes it."""
+    while True:
+        try:
+            return check(typed_text(read(question)).strip())
+        except UsageError as error:
+            terminal.error(error)
+
+def confirmed(question, terminal):
+    """Tell whether a person says yes."""
+    with contextlib.suppress(EOFError):
+        return terminal.read_line(question + " [y/N] ").strip().lower() in ("y", "yes")
+    return False
+
+def run_config_init(options, terminal):
+    """Ask for a deployment, see whether its address answers, and add it."""
+    refuse_dry_run(options)
+    if not terminal.is_typed_at():
+        raise UsageError("config init asks at a terminal: without one use xeroctl config add")
+    known = read_config(config_path(os.environ)).deployments
+
+    def check_new_name(text):
+        if (text or "default") in known:
+            raise UsageError(f"{text or 'default'} is there already: take another name")
+        return check_deployment_name(text or "default")
+
+    try:
+        name = asked(terminal.read_line, "name [default]: ", check_new_name, terminal)
+        options.base_url = asked(terminal.read_line,
+                                 "base URL, such as https://api.xerotier.ai/PROJECT/v1: ",
+                                 check_base_url, terminal)
+        options.api_key = asked(terminal.read_secret, "API key, not shown; Enter for none: ",
+                                check_api_key, terminal)
+        settings = resolve_settings(options, {}, Config("", None, {}, []), fetch_key)
+        terminal.secret = settings.api_key
+        try:
+            with terminal.spinner():
+                receive(models_request(settings), settings, terminal.trace)
+        except (RefusedError, UsageError):
+            pass  # it answers; or only with an endpoint, which we have not, it could
+        except XeroctlError as error:
+            terminal.error(error)
+            if not confirmed("Keep it all the same?", terminal):
+                raise EOFError from error
+    except EOFError:
+        raise UsageError("nothing was written") from None
+    add_deployment(name, options.base_url, options.api_key, terminal)
+    terminal.notice("next: xeroctl chat --endpoint SLUG -m Hello")
+    return EXIT_OK
+
+# -- Status -----------------------------------------------------------------------------------
+
+STATUS_STEPS = ("settings", "name", "connection", "tls", "authorisation", "completion")
+STATUS_QUESTION, STATUS_MAX_TOKENS = "Count from one to ten.", 16
+ARRIVAL_GAP_SECONDS = 0.001
+
+class Steps:
+    """The steps of a check: a line each as they are done, with -o json one object at the end."""
+
+    def __init__(self, terminal):
+        self._terminal = terminal
+        self._since = time.monotonic()
+        self.done = []
+
+    def add(self, name, sentence, **facts):
+        """Take in the step *name*, which ended now, and what is known from it."""
+        self._end(name, True, sentence, facts)
+
+    def fail(self, error):
+        """Take in that the step after the last one failed with *error*."""
+        place = STATUS_STEPS.index(self.done[-1]["step"]) + 1 if self.done else 0
+        self._end(STATUS_STEPS[place], False, "failed", {"message": str(error)})
+
+    def _end(self, name, good, sentence, facts):
+        seconds = time.monotonic() - self._since
+        self.done.append(dict(step=name, ok=good, seconds=round(seconds, 4), **facts))
+        if not self._terminal.json:
+            self._terminal.answer(f"{name:<13}  {seconds:7.3f} s  {sentence}\n")
+        self._since = time.monotonic()
+
+class Arrivals:
+    """A renderer that shows nothing but keeps the monotonic times at which chunks came."""
+    begun = False
+
+    def __init__(self):
+        self.times = []
+
+    def show(self, document, text):
+        """Take in the time."""
+        self.times.append(time.monotonic())
+
+    def finish(self):
+        """There is nothing left to show."""
+
+    def count(self):
+        """Return how often something came: chunks that came together count once."""
+        return 1 + sum(later - earlier > ARRIVAL_GAP_SECONDS
+                       for earlier, later in zip(self.times, self.times[1:]))
+
+def pace(chunks, arrivals):
+    """Return how *chunks* of a stream came, in so many *arrivals*."""
+    if chunks == 1:
+        return "in one piece: this server does not stream"
+    if arrivals == 1:
+        return "in one lump: something on the way, a proxy perhaps, holds the stream back"
+    return "one by one" if 2 * arrivals >= chunks else f"in {arrivals} lumps"
+
+def settings_sentence(settings):
+    """Return where each setting came from."""
+    parts = [f"base URL {settings.base_url} ({settings.sources['base_url']})"]
+    if settings.api_key:
+        parts.append(f"API key {masked(settings.api_key)} ({settings.sources['api_key']})")
+    else:
+        parts.append("no API key")
+    return ", ".join(parts)
+
+def check_models(settings, trace, steps, terminal):
+    """See who answers, and whether the key is taken, by asking for the models."""
+    try:
+        with terminal.spinner():
+            models = listed(receive(models_request(settings), settings, trace), "models")
+    except (AuthError, RefusedError) as error:
+        # It may be that this key, or this server, answers nothing but chats.
+        if error.status == 401 or error.status == 403 and not settings.endpoint:
+            raise
+        steps.add("authorisation", f"not known: {error}", message=str(error))
+    else:
+        key = "with the key" if settings.api_key else "without a key"
+        steps.add("authorisation", f"HTTP 200 {key}, models: {len(models)}", models=len(models))
+
+def check_completion(settings, trace, steps, terminal):
+    """See how a short completion is streamed."""
+    sampling = Sampling(None, {"max_tokens": STATUS_MAX_TOKENS}, [])
+    messages = Conversation().messages(STATUS_QUESTION)
+    request, arrivals = build_chat_request(sampling, settings, messages, True), Arrivals()
+    with terminal.spinner() as spinner:
+        reply = exchange(request, settings, trace, arrivals, ReplyBuilder(), spinner)
+    came = arrivals.count()
+    sentence = f"model {reply.model or 'not told'}, {pace(len(arrivals.times), came)}"
+    if reply.first_token_seconds is not None:
+        sentence = f"first token after {reply.first_token_seconds:.3f} s, {sentence}"
+    steps.add("completion", sentence, model=reply.model, chunks=len(arrivals.times),
+              arrivals=came, first_token_seconds=reply.first_token_seconds)
+
+def run_status(options, terminal):
+    """Check a deployment step by step; the first failure ends it."""
+    from importlib import import_module
+
+    import_module("urllib.request")  # now, so that no step is charged for it
+    refuse_dry_run(options)
+    steps = Steps(terminal)
+
+    def trace(lines, **facts):
+        terminal.trace(lines)
+        for name, found in facts.items() if len(steps.done) < len(STATUS_STEPS) - 2 else ():
+            steps.add(name, lines[0][2:], **found)
+            if name == "connection" and settings.base_url.startswith("http:"):
+                steps.add("tls", "none: the address is http://", version=None)
+
+    failure = None
+    try:
+        with open_settings(options, terminal, endpoint_needed=False) as settings:
+            steps.add("settings", settings_sentence(settings), base_url=settings.base_url,
+                      api_key=settings.api_key and masked(settings.api_key),
+                      endpoint=settings.endpoint, sources=settings.sources)
+            check_models(settings, trace, steps, terminal)
+            if settings.endpoint:
+                check_completion(settings, terminal.trace, steps, terminal)
+            else:
+                terminal.notice("to try a completion too, give --endpoint SLUG")
+    except XeroctlError as error:
+        steps.fail(error)
+        failure = error
+    if terminal.json:
+        show_json({"ok": failure is None, "steps": steps.done}, terminal)
+    if failure:
+        raise failure
+    return EXIT_OK
+
+# -- Completions ------------------------------------------------------------------------------
+
+def metadata_text(completion):
+    """Return the metadata of *completion* as NAME=VALUE words."""
+    return " ".join(f"{name}={value}" for name, value in
+                    sorted((field(completion, "metadata", dict) or {}).items()))
+
+COMPLETION_COLUMNS = ("id", "created", "model", "tokens", "metadata")
+
+def completion_row(completion):
+    """Return what a list tells of a stored completion."""
+    created = field(completion, "created", (int, float))
+    usage = parse_usage(field(completion, "usage", dict))
+    stamp = ""
+    if created is not None and 0 <= created < 1e11:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created))
+    return (field(completion, "id", str) or "", stamp, field(completion, "model", str) or "",
+            "" if usage.total is None else str(usage.total), metadata_text(completion))
+
+def message_of(completion):
+    """Return the message that *completion* answered with; raise ServerError for none."""
+    for choice in field(completion, "choices", list) or ():
+        if field(choice, "message", dict):
+            return choice["message"]
+    raise ServerError("the reply holds no completion")
+
+def has_more(document):
+    """Tell whether the list that the server answered with goes on."""
+    return isinstance(document, dict) and document.get("has_more") is True
+
+def show_completion(completion, terminal):
+    """Show what a list tells of one stored completion, with -o json all that the server told."""
+    if terminal.json:
+        show_json(completion, terminal)
+    else:
+        show_rows(COMPLETION_COLUMNS, [completion_row(completion)], terminal)
+
+def run_completions_list(options, terminal):
+    """List what is stored."""
+    query = [(name, getattr(options, name)) for name in ("limit", "after", "order", "model")
+             if getattr(options, name) is not None]
+    query += [(f"metadata[{name}]", value) for name, value in options.metadata]
+    with open_settings(options, terminal) as settings:
+        document = fetch(build_stored_request("GET", settings, "", query), settings, terminal)
+    completions = listed(document, "completions")
+    if terminal.json:
+        show_json(document, terminal)
+    else:
+        show_rows(COMPLETION_COLUMNS, map(completion_row, completions), terminal)
+    if has_more(document) and completions:
+        terminal.notice(f"there are more: add --after {field(completions[-1], 'id', str)}")
+    return EXIT_OK
+
+def run_completions_get(options, terminal):
+    """Show the answer of a stored completion."""
+    with open_settings(options, terminal) as settings:
+        request = build_stored_request("GET", settings, "/" + options.id)
+        completion = fetch(request, settings, terminal)
+    if terminal.json:
+        show_json(completion, terminal)
+    else:
+        renderer = TextRenderer(terminal, False)
+        renderer.show(completion, whole_text(content_text(message_of(completion))))
+        renderer.finish()
+    return EXIT_OK
+
+def fetch_messages(name, settings, terminal):
+    """Return all messages of the stored completion *name*, page by page, and its answer."""
+    messages, after, query = [], None, []
+    while True:
+        request = build_stored_request("GET", settings, f"/{name}/messages", query)
+        document = fetch(request, settings, terminal)
+        page = listed(document, "messages")
+        messages += page
+        last = field(page[-1], "id", str) if page else None
+        if not has_more(document) or last in (None, after):
+            break
+        after, query = last, [("after", last)]
+    if messages and messages[-1].get("role") != "assistant":  # some servers keep it apart
+        request = build_stored_request("GET", settings, "/" + name)
+        messages.append(message_of(fetch(request, settings, terminal)))
+    return messages
+
+def run_completions_messages(options, terminal):
+    """Show the conversation of a stored completion; with -o json in a form that /load reads."""
+    with open_settings(options, terminal) as settings:
+        messages = fetch_messages(options.id, settings, terminal)
+    if terminal.json:
+        show_json({"object": "list", "data": messages}, terminal)
+    else:
+        terminal.answer("\n".join(
+            f"{field(message, 'role', str)}: "
+            + whole_text(content_text(message)).rstrip("\n") + "\n" for message in messages))
+    return EXIT_OK
+
+def run_completions_update(options, terminal):
+    """Give a stored completion other metadata."""
+    if not options.metadata:
+        raise UsageError("nothing to change: give --metadata NAME=VALUE")
+    with open_settings(options, terminal) as settings:
+        request = build_stored_request("POST", settings, "/" + options.id,
+                                       body={"metadata": dict(options.metadata)})
+        show_completion(fetch(request, settings, terminal), terminal)
+    return EXIT_OK
+
+def run_completions_delete(options, terminal):
+    """Delete stored completions, once a person says yes; report each failure and go on."""
+    status = EXIT_OK
+    if not options.yes and not options.dry_run:
+        if not terminal.is_typed_at():
+            raise UsageError("delete asks at a terminal: without one give --yes")
+        if not confirmed(f"Delete {', '.join(options.id)}?", terminal):
+            raise UsageError("nothing was deleted")
+    with open_settings(options, terminal) as settings:
+        for name in options.id:
+            try:
+                document = fetch(build_stored_request("DELETE", settings, "/" + name), settings,
+                                 terminal)
+            except Page as page:
+                terminal.answer(str(page))
+            except XeroctlError as error:
+                terminal.error(error)
+                status = status or error.exit_status
+            else:
+                if terminal.json:
+                    JsonRenderer(terminal, True).show(document, "")
+                else:
+                    terminal.answer(f"deleted {name}\n")
+    return status
+
+# -- Shell completion -------------------------------------------------------------------------
+
+# What a shell is told of an option or argument.  *value* is None where it takes none, else a tuple
+# of the words that it can be, as far as these are known; the shell itself finds FILE and CONTEXT.
+Word = namedtuple("Word", "names summary metavar value repeatable")
+
+def command_tree(parser, path=()):
+    """Return [(path, commands, options, arguments)] for *parser* and the commands below it.
+
+    *path* is the names that lead to it; *commands* are (name, summary) pairs, options and
+    arguments are Words.
+    """
+    commands, options, arguments, below = [], [], [], []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            commands = [(choice.dest, choice.help) for choice in action._choices_actions]
+            for name, found in action.choices.items():
+                below += command_tree(found, path + (name,))
+        else:
+            (options if action.option_strings else arguments).append(Word(
+                action.option_strings, (action.help or "").replace("%%", "%"),
+                action.metavar, None if action.nargs == 0 else tuple(action.choices or ()),
+                action.nargs in ("*", "+") or isinstance(action, argparse._AppendAction)))
+    return [(path, commands, options, arguments)] + below
+
+def filled(template, **parts):
+    """Return *template* with each @NAME@ in it replaced by that part, a text or lines."""
+    for name, part in parts.items():
+        template = template.replace(f"@{name}@", part if isinstance(part, str) else "\n".join(part))
+    return template
+
+_BASH = r"""# Completion for bash; load it with: source <(xeroctl completion bash)
+_xeroctl() {
+    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]}
+    local path= place name found= options=
+    COMPREPLY=()
+    if [[ $word == = ]]; then word=
+    elif [[ $before == = ]]; then before=${COMP_WORDS[COMP_CWORD-2]}; fi
+    for ((place = 1; place < COMP_CWORD; place++)); do
+        name=${COMP_WORDS[place]}
+        case $name in
+            @TAKING@)
+                [[ ${COMP_WORDS[place+1]} == = ]] && ((place++)); ((place++)) ;;
+            *) case "$path $name" in @PATHS@) path+=" $name" ;; esac ;;
+        esac
+    done
+    case $before in
+@VALUES@
+        *)
+            case $path in
+@WORDS@
+            esac
+            [[ $word == -* ]] && found=$options ;;
+    esac
+    while IFS= read -r name; do
+        [[ $name && $name == "$word"* ]] && COMPREPLY+=("$name")
+    done <<< "$found"
+}
+complete -F _xeroctl xeroctl
+"""
+
+def bash_completion(tree):
+    """Return the completion script for bash."""
+    def found(word):
+        return {"FILE": 'compopt -o filenames 2>/dev/null; found=$(compgen -f -- "$word")',
+                "CONTEXT": 'found=$("$1" config list -o text 2>/dev/null | cut -f 1)',
+                }.get(word.metavar, "found=" + lines(word.value))
+
+    def lines(words):
+        return "$'" + r"\n".join(words) + "'"
+
+    taking = {"|".join(option.names): option for _, _, options, _ in tree
+              for option in options if option.value is not None}
+    words = []
+    for path, commands, options, arguments in tree:
+        first = lines(name for name, _ in commands)
+        offered = found(arguments[0]) if arguments and not commands else f"found={first}"
+        names = lines(name for option in options for name in option.names)
+        words.append(f"                '{''.join(' ' + name for name in path)}') {offered}\n"
+                     f"                    options={names} ;;")
+    return filled(
+        _BASH, TAKING="|".join(taking), WORDS=words,
+        PATHS="|".join("' " + " ".join(path) + "'" for path, *_ in tree[1:]),
+        VALUES=[f"        {names}) {found(option)} ;;" for names, option in taking.items()])
+
+_ZSH = r"""#compdef xeroctl
+# Completion for zsh; load it with: source <(xeroctl completion zsh)
+_xeroctl_contexts() {
+    local -a names
+    names=(${(f)"$(xeroctl config list -o text 2>/dev/null | cut -f 1)"})
+    compadd -a names
+}
+@FUNCTIONS@
+if [[ $funcstack[1] == _xeroctl ]]; then _xeroctl "$@"; else compdef _xeroctl xeroctl; fi
+"""
+
+_ZSH_FUNCTION = r"""@NAME@() {
+    local line state
+    _arguments -C \
+@SPECS@
+    [[ $state == below ]] && case $line[1] in
+@CASES@
+    esac
+}"""
+
+def zsh_completion(tree):
+    """Return the completion script for zsh."""
+    def quoted(text):
+        return "        '" + text.replace("'", r"'\''") + "'"
+
+    def escaped(text):
+        return re.sub(r"([\\:\[\]])", r"\\\1", text)
+
+    def value(word):
+        action = {"FILE": "_files", "CONTEXT": "_xeroctl_contexts"}.get(
+            word.metavar, f"({' '.join(word.value)})" if word.value else " ")
+        return f":{escaped(word.metavar)}:{action}"
+
+    functions = []
+    for path, commands, options, arguments in tree:
+        specs = []
+        for option in options:
+            taking = option.value is not None
+            before = "*" if option.repeatable else f"({' '.join(option.names)})"
+            after = f"[{escaped(option.summary)}]" + (value(option) if taking else "")
+            for name in option.names:
+                sign = ("=" if name.startswith("--") else "+") if taking else ""
+                specs.append(quoted(before + name + sign + after))
+        specs += [quoted("*" * word.repeatable + value(word)) for word in arguments]
+        name = "_".join(("_xeroctl",) + path)
+        if commands:
+            choices = " ".join(rf'{command}\:"{escaped(summary)}"' for command, summary in commands)
+            specs += [quoted(f"1: :(({choices}))"), quoted("*:: :->below")]
+        functions.append(filled(_ZSH_FUNCTION, NAME=name, SPECS=" \\\n".join(specs), CASES=[
+            f"        {command}) {name}_{command} ;;" for command, _ in commands]))
+    return filled(_ZSH, FUNCTIONS=functions)
+
+_FISH = r"""# Completion for fish; load it with: xeroctl completion fish | source
+function __xeroctl_at
+    set -l path
+    set -l skip no
+    set -l words (commandline -opc)
+    set -e words[1]
+    for word in $words
+        if test $skip = yes
+            set skip no
+            continue
+        end
+        switch $word
+            case @TAKING@
+                set skip yes
+            case '*'
+                if contains -- "$path $word" @PATHS@
+                    set path "$path $word"
+                end
+        end
+    end
+    test "$path" = "$argv"
+end
+complete -c xeroctl -f
+@WORDS@
+"""
+
+def fish_completion(tree):
+    """Return the completion script for fish."""
+    def quoted(text):
+        return "'" + re.sub(r"(['\\])", r"\\\1", text) + "'"
+
+    def value(word):
+        return {"FILE": "-r -F", "CONTEXT": "-x -a '(xeroctl config list -o text | cut -f 1)'"}.get(
+            word.metavar, "-x -a " + quoted(" ".join(word.value)) if word.value else "-x")
+
+    lines, taking = [], set()
+    for path, commands, options, arguments in tree:
+        start = f"complete -c xeroctl -n '__xeroctl_at \"{''.join(' ' + name for name in path)}\"'"
+        lines += [f"{start} -a {name} -d {quoted(summary)}" for name, summary in commands]
+        lines += [f"{start} {value(word)}" for word in arguments if value(word) != "-x"]
+        for option in options:
+            names = " ".join(("-l " if name.startswith("--") else "-s ") + name.lstrip("-")
+                             for name in option.names)
+            if option.value is not None:
+                taking.update(option.names)
+                names += " " + value(option)
+            lines.append(f"{start} {names} -d {quoted(option.summary)}")
+    return filled(_FISH, TAKING=" ".join(sorted(taking)), WORDS=lines,
+                  PATHS=" ".join("' " + " ".join(path) + "'" for path, *_ in tree[1:]))
+
+SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
+
+def run_completion(options, terminal):
+    """Print the completion script for a shell."""
+    terminal.answer(SHELLS[options.shell](command_tree(options.parser)))
+    return EXIT_OK
+
+def run_help(options, terminal):
+    """Show the help of a command."""
+    options.parser.parse_args(options.topic + ["--help"])
+
+# -- Command line -----------------------------------------------------------------------------
 
 class PageAction(argparse.Action):
     """Raise the Page that is the option's const, or the parser's help."""
@@ -2151,7 +3117,7 @@ def add_global_options(parser):
         help="address of the project, such as https://api.xerotier.ai/PROJECT/v1")
     add("--api-key", metavar="KEY", type=check_api_key,
         help=f"API key; {ENV_API_KEY} keeps it out of the process list")
-    add("--context", metavar="NAME", type=plain, help="deployment of the config file to use")
+    add("--context", metavar="CONTEXT", type=plain, help="deployment of the config file to use")
     add("-o", "--output", choices=("text", "json", "table"), metavar="FORM",
         help="form of the output: text or json (table, of other tools, is text)")
     add("--connect-timeout", metavar="SECONDS", type=seconds,
@@ -2168,14 +3134,39 @@ def add_global_options(parser):
         help="print the version and exit")
     add("-h", "--help", action=PageAction, nargs=0, help="print this help and exit")
 
+def name_and_text(text):
+    """Return the (name, value) pair of NAME=VALUE, both texts."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"not NAME=VALUE: {text!r}")
+    return plain(name), typed_text(value)
+
+def add_command(commands, name, run, summary, description=None):
+    """Add the command *name*, which *run* runs, and return its parser."""
+    parser = commands.add_parser(name, help=summary, description=description or (
+        summary[0].upper() + summary[1:] + "."))
+    parser.set_defaults(run=run)
+    return parser
+
+def add_target(parser):
+    """Add the options that say which endpoint is asked."""
+    parser.add_argument("--endpoint", metavar="SLUG", type=slug, default=argparse.SUPPRESS,
+                        help="endpoint to ask (required, but for --demo)")
+    parser.add_argument("--demo", action="store_true", default=argparse.SUPPRESS,
+                        help="ask a practice endpoint inside this process")
+
+def add_metadata(parser, summary):
+    """Add the option --metadata."""
+    parser.add_argument("--metadata", metavar="NAME=VALUE", type=name_and_text, action="append",
+                        default=argparse.SUPPRESS, help=summary + "; may be repeated")
+
 def add_chat(commands):
     """Add the command chat."""
-    parser = commands.add_parser("chat", help="ask an endpoint for a chat completion", description=(
-        "Send a message to an endpoint and print the answer."))
-    parser.set_defaults(run=run_chat)
+    parser = add_command(commands, "chat", run_chat, "ask an endpoint for a chat completion",
+                         "Send a message to an endpoint and print the answer.")
     add = parser.add_argument
     positive, whole = number(1, MAX_NUMBER, int), number(-MAX_NUMBER, MAX_NUMBER, int)
-    add("--endpoint", metavar="SLUG", type=slug, help="endpoint to ask (required, but for --demo)")
+    add_target(parser)
     add("-m", "--message", metavar="TEXT", type=typed_text,
         help="what to say; '-', or no -m, reads it from standard input")
     add("--stream", action="store_true", help="print the answer as it is generated")
@@ -2197,19 +3188,112 @@ def add_chat(commands):
     add("--slo-ttft", metavar="MS", type=positive, help="target for the first token, in ms")
     add("--slo-tpot", metavar="MS", type=positive, help="target for each further token, in ms")
     add("--store", action="store_const", const=True, help="have the server keep the completion")
+    add_metadata(parser, "tag for a completion that is kept")
     add("--show-usage", action="store_true", help="print token counts and the id on stderr")
-    add("--demo", action="store_true", help="talk to a practice endpoint inside this process")
+    add_global_options(parser)
+
+def add_models(commands):
+    """Add the command models."""
+    parser = add_command(commands, "models", run_models, "list the models behind an endpoint")
+    add_target(parser)
+    add_global_options(parser)
+
+def add_completions(commands):
+    """Add the command completions and those below it; without one of them it lists."""
+    def add(name, run, summary, *more):
+        parser = add_command(below, name, run, summary)
+        for add_more in more:
+            add_more(parser)
+        add_target(parser)
+        add_global_options(parser)
+        return parser
+
+    def add_filters(parser):
+        for name, options in (
+                ("--limit", dict(metavar="N", type=number(1, 100, int), help="at most N, 1 to 100")),
+                ("--after", dict(metavar="ID", type=slug, help="those that follow this one")),
+                ("--order", dict(choices=("asc", "desc"), metavar="ORDER",
+                                 help="by time: asc, the oldest first, or desc")),
+                ("--model", dict(metavar="NAME", type=plain, help="those of this model"))):
+            parser.add_argument(name, default=argparse.SUPPRESS, **options)
+        add_metadata(parser, "those with this tag")
+
+    def add_id(parser):
+        parser.add_argument("id", metavar="ID", type=slug, help="id of the completion")
+
+    parser = add_command(commands, "completions", run_completions_list,
+                         "list and change the completions that --store keeps")
+    parser.set_defaults(limit=None, after=None, order=None, model=None)
+    below = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
+    add("list", run_completions_list, "list them; this is the default", add_filters)
+    add("get", run_completions_get, "show the answer of one", add_id)
+    add("messages", run_completions_messages, "show the conversation of one", add_id)
+    add_metadata(add("update", run_completions_update, "change the tags of one", add_id), "new tag")
+    delete = add("delete", run_completions_delete, "delete some")
+    delete.add_argument("id", metavar="ID", type=slug, nargs="+", help="ids of completions")
+    delete.add_argument("--yes", action="store_true", help="do not ask")
+    add_filters(parser)
+    add_target(parser)
+    add_global_options(parser)
+
+def add_status(commands):
+    """Add the command status."""
+    parser = add_command(commands, "status", run_status, "check settings, connection and endpoint",
+                         "Check the settings, the connection, the key and, with --endpoint, a "
+                         "short completion, step by step.")
+    add_target(parser)
+    add_global_options(parser)
+
+def add_config(commands):
+    """Add the command config and those below it; without one of them it lists."""
+    def add(name, run, summary, *argument, **options):
+        parser = add_command(below, name, run, summary)
+        if argument:
+            parser.add_argument(*argument, **options)
+        add_global_options(parser)
+
+    parser = add_command(commands, "config", run_config_list,
+                         "list and change the deployments in the config file")
+    below = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
+    known = dict(metavar="CONTEXT", type=typed_text, help="name of a deployment")
+    add("list", run_config_list, "list them, keys masked; this is the default")
+    add("init", run_config_init, "ask for a deployment and add it")
+    add("add", run_config_add, "add one: --base-url URL, and --api-key KEY, or - for stdin",
+        "name", metavar="NAME", type=check_deployment_name, help="name of the new deployment")
+    add("use", run_config_use, "make one the current one", "name", **known)
+    add("show", run_config_show, "show one, the current one by default", "name", nargs="?", **known)
+    add("remove", run_config_remove, "remove one", "name", **known)
+    add("path", run_config_path, "print where the config file is")
+    add_global_options(parser)
+
+def add_help(commands, root):
+    """Add the commands completion and help, which tell of the parser *root*."""
+    parser = add_command(commands, "completion", run_completion, "print a completion script",
+                         "Print a script with which a shell completes xeroctl's command lines.")
+    parser.set_defaults(parser=root)
+    parser.add_argument("shell", metavar="SHELL", choices=tuple(SHELLS), help="bash, zsh or fish")
+    add_global_options(parser)
+    parser = add_command(commands, "help", run_help, "show the help of a command")
+    parser.set_defaults(parser=root)
+    parser.add_argument("topic", metavar="COMMAND", nargs="*", help="words of the command")
     add_global_options(parser)
 
 def build_parser():
     """Return the parser of the whole command line."""
     parser = Parser(prog="xeroctl", description="Chat with Xerotier endpoints.",
-                    epilog="xeroctl COMMAND --help tells more. Try: xeroctl chat --demo -m Hello")
+                    epilog="xeroctl help COMMAND tells more. Try: xeroctl chat --demo -m Hello")
     parser.set_defaults(
         command=None, base_url=None, api_key=None, context=None, output=None, cacert=None,
         connect_timeout=DEFAULT_CONNECT_TIMEOUT_SECONDS, timeout=DEFAULT_TIMEOUT_SECONDS,
-        retries=DEFAULT_RETRIES, dry_run=False, quiet=False, verbose=False)
-    add_chat(parser.add_subparsers(dest="command", metavar="COMMAND", title="commands"))
+        retries=DEFAULT_RETRIES, dry_run=False, quiet=False, verbose=False,
+        endpoint=None, demo=False, metadata=[])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    add_chat(commands)
+    add_models(commands)
+    add_completions(commands)
+    add_status(commands)
+    add_config(commands)
+    add_help(commands, parser)
     add_global_options(parser)
     return parser
 
@@ -2217,26 +3301,10 @@ def asks_for_json(arguments):
     """Tell whether a command line that cannot be parsed asks for JSON."""
     return bool(re.search(r"(?:^|\0)(?:-o[\0=]?|--output[\0=])json(?:\0|$)", "\0".join(arguments)))
 
-@contextlib.contextmanager
-def settings_for(options, environ):
-    """Yield the Settings for *options*; with --demo they are those of a practice endpoint."""
-    if not options.demo:
-        yield resolve_settings(options, environ, read_config(config_path(environ)))
-        return
-    if options.base_url or options.context:
-        raise UsageError("--demo brings its own endpoint: give no --base-url or --context with it")
-    with practice_endpoint() as base_url:
-        options.base_url, options.endpoint = base_url, options.endpoint or DEMO_ENDPOINT
-        yield resolve_settings(options, {}, Config("", None, {}, []))
-
 def run(arguments, terminal):
-    """Parse *arguments* and run their command; return its exit status."""
+    """Parse *arguments* and run their command; return its exit status, or raise a Page."""
     terminal.json = asks_for_json(arguments)
-    try:
-        options, unknown = build_parser().parse_known_args(arguments)
-    except Page as page:
-        terminal.answer(str(page))
-        return EXIT_OK
+    options, unknown = build_parser().parse_known_args(arguments)
     if not options.command:
         raise UsageError("no command: see xeroctl --help")
     if unknown:
@@ -2244,15 +3312,9 @@ def run(arguments, terminal):
         if not name.startswith("-"):
             name += ", which no option takes (a message goes after -m)"
         raise UsageError(f"unknown argument {name}: see xeroctl {options.command} --help")
-    if not options.endpoint and not options.demo:
-        raise UsageError("no endpoint: give --endpoint SLUG, or --demo to try without one")
-    terminal.quiet, terminal.verbose = options.quiet, options.verbose
-    with settings_for(options, os.environ) as settings:
-        terminal.json = settings.output == "json"
-        terminal.secret = settings.api_key
-        for notice in settings.notices:
-            terminal.notice(notice)
-        return options.run(options, settings, terminal)
+    terminal.json, terminal.quiet, terminal.verbose = (
+        options.output == "json", options.quiet, options.verbose)
+    return options.run(options, terminal)
 
 def terminate(number, frame):
     """Turn the first signal to end into an exception, so that nothing is left undone."""
@@ -2277,7 +3339,11 @@ def main(argv=None):
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(number, terminate)
-        return run(argv, terminal)
+        try:
+            return run(argv, terminal)
+        except Page as page:
+            terminal.answer(str(page))
+            return EXIT_OK
     except XeroctlError as error:
         terminal.error(error)
         return error.exit_status

@@ -151,6 +151,12 @@ def resolved(monkeypatch):
     return resolved
 
 
+def connected(xeroctl, seconds):
+    """Return a socket to one of the addresses of a name."""
+    deadline = time.monotonic() + seconds
+    return xeroctl.connected_socket(xeroctl.resolve("api.invalid", 80, seconds), deadline)
+
+
 def test_a_name_is_looked_up_once_and_each_address_tried(run, server, unheard):
     server.script(HELLO)
     options = named(f"addresses({unheard.getsockname()[1]}, {server.port})")
@@ -161,7 +167,7 @@ def test_an_address_of_a_family_that_the_machine_has_not_is_passed_over(xeroctl,
     server.script([BEFORE_REQUEST])
     found = [(family, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port)) for family in (9999, socket.AF_INET)]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *question: found)
-    with xeroctl.connected_socket(("api.invalid", 80), 5) as sock:
+    with connected(xeroctl, 5) as sock:
         assert sock.getpeername()[1] == server.port
 
 
@@ -169,7 +175,7 @@ def test_an_address_that_never_answers_leaves_time_for_the_next(xeroctl, resolve
     server.script([BEFORE_REQUEST, Hold()])
     with full_listener() as port:
         resolved(port, server.port)
-        with xeroctl.connected_socket(("api.invalid", 80), 0.6) as sock:
+        with connected(xeroctl, 0.6) as sock:
             assert (sock.getpeername()[1], sock.gettimeout() > 0.1) == (server.port, True)
 
 
@@ -178,7 +184,7 @@ def test_all_addresses_share_one_limit(xeroctl, resolved):
         resolved(*[port] * 4)
         begin = time.monotonic()
         with pytest.raises(socket.timeout):
-            xeroctl.connected_socket(("api.invalid", 80), 0.4)
+            connected(xeroctl, 0.4)
         assert 0.3 < time.monotonic() - begin < 1.2
 
 
