@@ -30,7 +30,7 @@ The file reads bottom-up: a room uses only the rooms above it, and data flows on
     Config commands    config: the deployments in the config file
     Status             status: a request step by step, and what each took
     Completions        completions: what --store had the server keep
-    Shell completion   completion: scripts for bash, zsh and fish, made from the parser  (pure)
+    Shell completion   completion: scripts for bash, zsh and fish, made from the parser
     Command line       the parser, and main
 """
 
@@ -320,6 +320,14 @@ def first_set(*candidates):
     """Return the first (value, source) of *candidates* that has a value, else (None, None)."""
     return next((pair for pair in candidates if pair[0]), (None, None))
 
+def missing_base_url(config, context):
+    """Return the UsageError for settings without a base URL."""
+    if config.deployments and not context:
+        return UsageError(f"no context is chosen: {config.path} has: {known_contexts(config)}: "
+                          "give --context CONTEXT, or choose with: xeroctl config use CONTEXT")
+    return UsageError(f"no base URL: set it up with: xeroctl config init, or set {ENV_BASE_URL} "
+                      f"and {ENV_API_KEY}, or try without any: xeroctl chat --demo -m Hello")
+
 def resolve_settings(options, environ, config, fetch_key):
     """Return the Settings that *options*, then *environ*, then the Config *config* ask for.
 
@@ -330,12 +338,8 @@ def resolve_settings(options, environ, config, fetch_key):
     base_url, base_url_source = first_set(
         (options.base_url, "--base-url"), (environ.get(ENV_BASE_URL), ENV_BASE_URL),
         (deployment.get("base_url"), stored))
-    if not base_url and config.deployments and not context:
-        raise UsageError(f"no context is chosen: {config.path} has: {known_contexts(config)}: "
-                         "give --context NAME, or choose with: xeroctl config use NAME")
     if not base_url:
-        raise UsageError(f"no base URL: set it up with: xeroctl config init, or set {ENV_BASE_URL} "
-                         f"and {ENV_API_KEY}, or try without any: xeroctl chat --demo -m Hello")
+        raise missing_base_url(config, context)
     base_url = check_base_url(base_url)
     scheme, host, _ = origin(base_url)
     api_key, key_source = first_set(
@@ -1873,9 +1877,9 @@ def practice_chunks(words, finish_reason, usage, common):
     yield dict(common, choices=[], usage=usage)
 
 def practice_completion(body, stored):
-    """Yield the documents that answer the request *body*; put the completion where it asks for it.
+    """Return the documents that answer the request *body*, which may ask to have it *stored*.
 
-    *stored* is a dict of (completion, messages) by id.
+    That is a dict of (completion, messages) by id.
     """
     words, finish_reason, usage = practice_reply(body)
     common = {"id": f"chatcmpl-practice-{len(stored) + 1}", "created": int(time.time()),
@@ -1887,6 +1891,14 @@ def practice_completion(body, stored):
     if body.get("store"):
         stored[whole["id"]] = whole, body["messages"]
     return practice_chunks(words, finish_reason, usage, common) if body.get("stream") else [whole]
+
+def practice_samples():
+    """Return what is stored before anyone asks for it."""
+    stored = {}
+    for place, question in enumerate(PRACTICE_QUESTIONS, 1):
+        practice_completion({"store": True, "seed": place, "metadata": {"sample": str(place)},
+                             "messages": [{"role": "user", "content": question}]}, stored)
+    return stored
 
 def practice_list(query, stored):
     """Return the list of the *stored* completions that *query*, a dict of texts, asks for."""
@@ -1901,27 +1913,31 @@ def practice_list(query, stored):
     return {"object": "list", "data": found[start:end], "has_more": end < len(found)}
 
 def practice_answer(method, target, body, stored):
-    """Return the (status, document) that answers anything but a request for a completion."""
+    """Return the HTTP status and the documents that answer a request."""
     from urllib.parse import parse_qsl
 
     path, _, query = target.partition("?")
     _, _, path = path.partition("/v1")
     name, _, part = path[len(CHAT_PATH) + 1:].partition("/")
+    if path == CHAT_PATH and method == "POST":
+        time.sleep(PRACTICE_FIRST_TOKEN_SECONDS)
+        return 200, practice_completion(body, stored)
+    if path == CHAT_PATH:
+        return 200, [practice_list(dict(parse_qsl(query)), stored)]
     if path == "/models":
-        return 200, {"object": "list", "data": [{"id": "practice", "object": "model"}]}
-    if path == CHAT_PATH and method == "GET":
-        return 200, practice_list(dict(parse_qsl(query)), stored)
+        return 200, [{"object": "list", "data": [{"id": "practice", "object": "model"}]}]
     if name not in stored or part not in ("", "messages"):
-        return 404, {"error": {"message": f"there is no {name or path} here", "code": "not_found"}}
+        return 404, [{"error": {"message": f"there is no {name or path} here",
+                                "code": "not_found"}}]
     whole, messages = stored[name]
     if part:
-        return 200, {"object": "list", "data": messages, "has_more": False}
+        return 200, [{"object": "list", "data": messages, "has_more": False}]
     if method == "POST":
         whole["metadata"] = body["metadata"]
     if method == "DELETE":
         del stored[name]
-        return 200, {"id": name, "object": "chat.completion.deleted", "deleted": True}
-    return 200, whole
+        return 200, [{"id": name, "object": "chat.completion.deleted", "deleted": True}]
+    return 200, [whole]
 
 @contextlib.contextmanager
 def practice_endpoint():
@@ -1930,29 +1946,20 @@ def practice_endpoint():
     from http.server import BaseHTTPRequestHandler
     from socketserver import TCPServer, ThreadingMixIn
 
-    stored = {}
-    for place, question in enumerate(PRACTICE_QUESTIONS, 1):
-        practice_completion({"store": True, "seed": place, "metadata": {"sample": str(place)},
-                             "messages": [{"role": "user", "content": question}]}, stored)
+    stored = practice_samples()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             body = json.loads(data.decode()) if data else {}
-            if self.command == "POST" and self.path.endswith(CHAT_PATH):
-                time.sleep(PRACTICE_FIRST_TOKEN_SECONDS)
-                status, answers = 200, practice_completion(body, stored)
-            else:
-                status, answer = practice_answer(self.command, self.path, body, stored)
-                answers = [answer]
+            status, answers = practice_answer(self.command, self.path, body, stored)
             streamed = body.get("stream")
-            kind = "text/event-stream" if streamed else "application/json"
             self.send_response(status)
-            self.send_header("Content-Type", kind)
+            self.send_header("Content-Type",
+                             "text/event-stream" if streamed else "application/json")
             self.end_headers()
-            start, end = (b"data: ", b"\n\n") if streamed else (b"", b"")
-            for document in answers:
-                self.wfile.write(start + json.dumps(document).encode() + end)
+            for data in map(json.dumps, answers):
+                self.wfile.write(f"data: {data}\n\n".encode() if streamed else data.encode())
                 time.sleep(PRACTICE_TOKEN_SECONDS if streamed else 0)
             if streamed:
                 self.wfile.write(b"data: [DONE]\n\n")
@@ -2534,7 +2541,7 @@ def run_config_remove(options, terminal):
     left = {name: found for name, found in config.deployments.items() if name != options.name}
     write_config(config.path, None if config.current == options.name else config.current, left)
     terminal.notice(f"removed {options.name}" + (
-        ", which was the current one: choose another with: xeroctl config use NAME"
+        ", which was the current one: choose another with: xeroctl config use CONTEXT"
         if left and config.current == options.name else ""))
     return EXIT_OK
 
@@ -2850,7 +2857,7 @@ def run_completions_delete(options, terminal):
 # -- Shell completion -------------------------------------------------------------------------
 
 # What a shell is told of an option or argument.  *value* is None where it takes none, else a tuple
-# of the words that it can be, as far as these are known; the shell itself finds FILE and CONTEXT.
+# of the words that it can be, as far as these are known; a FILE and a CONTEXT the shell looks up.
 Word = namedtuple("Word", "names summary metavar value repeatable")
 
 def command_tree(parser, path=()):
@@ -2895,6 +2902,7 @@ _xeroctl() {
     done
     case $before in
 @VALUES@
+        @FREE@) ;;
         *)
             case $path in
 @WORDS@
@@ -2910,27 +2918,28 @@ complete -F _xeroctl xeroctl
 
 def bash_completion(tree):
     """Return the completion script for bash."""
-    def found(word):
-        return {"FILE": 'compopt -o filenames 2>/dev/null; found=$(compgen -f -- "$word")',
-                "CONTEXT": 'found=$("$1" config list -o text 2>/dev/null | cut -f 1)',
-                }.get(word.metavar, "found=" + lines(word.value))
-
     def lines(words):
         return "$'" + r"\n".join(words) + "'"
 
-    taking = {"|".join(option.names): option for _, _, options, _ in tree
+    def found(word):
+        return {"FILE": 'compopt -o filenames 2>/dev/null; found=$(compgen -f -- "$word")',
+                "CONTEXT": 'found=$("$1" config list -o text 2>/dev/null | cut -f 1)',
+                }.get(word.metavar, word.value and "found=" + lines(word.value))
+
+    taking = {"|".join(option.names): found(option) for _, _, options, _ in tree
               for option in options if option.value is not None}
     words = []
     for path, commands, options, arguments in tree:
-        first = lines(name for name, _ in commands)
-        offered = found(arguments[0]) if arguments and not commands else f"found={first}"
+        offered = "found=" + lines(name for name, _ in commands)
+        offered = arguments and found(arguments[0]) or offered
         names = lines(name for option in options for name in option.names)
         words.append(f"                '{''.join(' ' + name for name in path)}') {offered}\n"
                      f"                    options={names} ;;")
     return filled(
         _BASH, TAKING="|".join(taking), WORDS=words,
-        PATHS="|".join("' " + " ".join(path) + "'" for path, *_ in tree[1:]),
-        VALUES=[f"        {names}) {found(option)} ;;" for names, option in taking.items()])
+        PATHS="|".join(f"' {' '.join(path)}'" for path, *_ in tree[1:]),
+        VALUES=[f"        {names}) {offered} ;;" for names, offered in taking.items() if offered],
+        FREE="|".join(names for names, offered in taking.items() if not offered))
 
 _ZSH = r"""#compdef xeroctl
 # Completion for zsh; load it with: source <(xeroctl completion zsh)
@@ -3032,7 +3041,7 @@ def fish_completion(tree):
                 names += " " + value(option)
             lines.append(f"{start} {names} -d {quoted(option.summary)}")
     return filled(_FISH, TAKING=" ".join(sorted(taking)), WORDS=lines,
-                  PATHS=" ".join("' " + " ".join(path) + "'" for path, *_ in tree[1:]))
+                  PATHS=" ".join(f"' {' '.join(path)}'" for path, *_ in tree[1:]))
 
 SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
 

@@ -13,7 +13,7 @@ from conftest import TOP, XEROCTL
 SOURCE = XEROCTL.read_text(encoding="utf-8")
 LINES = SOURCE.split("\n")
 TREE = ast.parse(SOURCE)
-PURE_ROOMS = ["Settings", "Requests", "Event stream", "Replies", "Conversation", "Text"]
+PURE_ROOMS = ["Settings", "Config edits", "Requests", "Event stream", "Replies", "Conversation", "Text"]
 IMPURE_NAMES = {"os", "sys", "open", "print", "input", "time", "socket", "signal", "subprocess", "threading"}
 MAX_FUNCTION_LINES = 40
 
