@@ -360,7 +360,8 @@ def resolve_settings(options, environ, config, fetch_key):
         endpoint=options.endpoint, base_url=base_url, api_key=check_api_key(api_key or "") or None,
         output="json" if output == "json" else "text", timeout=options.timeout,
         connect_timeout=options.connect_timeout, retries=options.retries, cacert=options.cacert,
-        dry_run=options.dry_run, notices=notices, sources={"base_url": base_url_source, "api_key": key_source})
+        dry_run=options.dry_run, notices=notices,
+        sources={"base_url": base_url_source, "api_key": key_source})
 
 def masked(key):
     """Return what may be shown of an API key: its last four characters, of a long one."""
@@ -1950,13 +1951,12 @@ def practice_endpoint():
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            body = json.loads(data.decode()) if data else {}
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length).decode() or "{}")
             status, answers = practice_answer(self.command, self.path, body, stored)
             streamed = body.get("stream")
             self.send_response(status)
-            self.send_header("Content-Type",
-                             "text/event-stream" if streamed else "application/json")
+            self.send_header("Content-Type", "text/event-stream" if streamed else "application/json")
             self.end_headers()
             for data in map(json.dumps, answers):
                 self.wfile.write(f"data: {data}\n\n".encode() if streamed else data.encode())
