@@ -169,10 +169,10 @@ ChatCommand = namedtuple("ChatCommand", "name argument run summary")
 _TOML_KEY = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
 _TOML_KEYS = r"%s(?:\s*\.\s*%s)*" % (_TOML_KEY, _TOML_KEY)
 _TOML_END = r"\s*(?:#.*)?$"
-_TOML_HEADER = re.compile(r"\s*\[\s*(%s)\s*\]%s" % (_TOML_KEYS, _TOML_END))
-_TOML_PAIR = re.compile(r"\s*(%s)\s*=\s*(.*)$" % _TOML_KEYS)
-_TOML_VALUE = re.compile(
-    r"""("(?!"")(?:[^"\\]|\\.)*"|'(?!'')[^']*'|true|false|[+-]?\d+(?:\.\d+)?)""" + _TOML_END)
+_TOML_HEADER = r"\s*\[\s*(%s)\s*\]%s" % (_TOML_KEYS, _TOML_END)
+_TOML_PAIR = r"\s*(%s)\s*=\s*(.*)$" % _TOML_KEYS
+_TOML_VALUE = (r"""("(?!"")(?:[^"\\]|\\.)*"|'(?!'')[^']*'|true|false|[+-]?\d+(?:\.\d+)?)"""
+               + _TOML_END)
 
 def toml_value(text):
     """Return the value that a TOML string, boolean or plain number stands for."""
@@ -190,7 +190,7 @@ def parse_toml_subset(text):
     document, headers = {}, []
     table = document
     for number, line in enumerate(text.split("\n"), 1):
-        header, pair = _TOML_HEADER.match(line), _TOML_PAIR.match(line)
+        header, pair = re.match(_TOML_HEADER, line), re.match(_TOML_PAIR, line)
         try:
             if header:
                 table, keys = document, toml_keys(header.group(1))
@@ -201,7 +201,7 @@ def parse_toml_subset(text):
                     raise ValueError
                 headers.append(keys)
             elif pair:
-                target, value = table, _TOML_VALUE.match(pair.group(2))
+                target, value = table, re.match(_TOML_VALUE, pair.group(2))
                 keys = toml_keys(pair.group(1))
                 for key in keys[:-1]:
                     target = target.setdefault(key, {})
@@ -313,7 +313,7 @@ def check_api_key(key):
 def check_deployment_name(text):
     """Return *text*; raise UsageError where it is no good name for a deployment."""
     if not re.match(r"[A-Za-z0-9._-]+\Z", text):
-        raise UsageError(f"a deployment is named by letters, digits, '.', '_' and '-', not {text!r}")
+        raise UsageError(f"a deployment's name is letters, digits, '.', '_', '-', not {text!r}")
     return text
 
 def first_set(*candidates):
@@ -376,7 +376,7 @@ def without_table(lines, keys):
     """
     kept, tail, inside = [], [], False
     for line in lines + ["[end]"]:
-        header = _TOML_HEADER.match(line)
+        header = re.match(_TOML_HEADER, line)
         if header or line.lstrip().startswith("[["):
             was, inside = inside, bool(header) and toml_keys(header.group(1))[:len(keys)] == keys
             if was and not inside:
@@ -401,17 +401,18 @@ def with_table(lines, keys, values):
     return lines + [line + end for line in gap + table] + [""]
 
 def with_current(lines, name):
-    """Return the *lines* of a TOML text with *name* as the value of current; without it for None."""
+    """Return the *lines* of a TOML text with *name* for current, or without that for None."""
     end = "\r" if lines[0].endswith("\r") else ""
     for place, line in enumerate(lines):
-        pair = _TOML_PAIR.match(line)
-        value = pair and pair.group(1) == "current" and _TOML_VALUE.match(pair.group(2))
+        pair = re.match(_TOML_PAIR, line)
+        value = pair and pair.group(1) == "current" and re.match(_TOML_VALUE, pair.group(2))
         if value:
             start, end = pair.start(2) + value.start(1), pair.start(2) + value.end(1)
             if name is None:  # and without the empty line that sets it off at the top
                 kept = lines[:place] + lines[place + 1:]
                 return kept[1:] if place == 0 and kept[:1] == [end] else kept
-            return lines[:place] + [line[:start] + json.dumps(name) + line[end:]] + lines[place + 1:]
+            changed = line[:start] + json.dumps(name) + line[end:]
+            return lines[:place] + [changed] + lines[place + 1:]
         if line.lstrip().startswith("["):
             break
     gap = [end] if lines[0].strip() else []
@@ -515,8 +516,6 @@ def curl_line(request, settings):
 
 # -- Event stream -----------------------------------------------------------------------------
 
-_LINE_END = re.compile(b"\r\n|\n|\r")
-
 class EventDecoder:
     """Turn the bytes of an event stream, cut anywhere, into events (WHATWG HTML, 9.2.6)."""
 
@@ -539,7 +538,7 @@ class EventDecoder:
         self._size += len(chunk)
         if self._size > MAX_EVENT_BYTES:
             raise ServerError(f"the stream has an event of over {MAX_EVENT_BYTES >> 20} MiB")
-        lines = _LINE_END.split(chunk)
+        lines = re.split(b"\r\n|\n|\r", chunk) if b"\r" in chunk else chunk.split(b"\n")
         self._unfinished.append(lines[0])
         if len(lines) == 1:
             return
@@ -551,21 +550,17 @@ class EventDecoder:
                 lines[0] = lines[0][3:]
         for line in lines:
             if line:
-                self._take(line)
+                name, _, value = line.partition(b":")
+                value = value[1:] if value.startswith(b" ") else value
+                if name == b"data":
+                    self._data.append(value)
+                elif name == b"event":
+                    self._name = value
             else:
                 if self._data:
-                    yield Event(self._name.decode("utf-8", "replace") or "message",
-                                b"\n".join(self._data).decode("utf-8", "replace"))
+                    name = self._name.decode("utf-8", "replace") if self._name else "message"
+                    yield Event(name, b"\n".join(self._data).decode("utf-8", "replace"))
                 self._name, self._data, self._size = b"", [], 0
-
-    def _take(self, line):
-        name, _, value = line.partition(b":")
-        if value.startswith(b" "):
-            value = value[1:]
-        if name == b"data":
-            self._data.append(value)
-        elif name == b"event":
-            self._name = value
 
 # -- Replies ----------------------------------------------------------------------------------
 
@@ -592,7 +587,7 @@ def whole_text(text):
 def field(document, name, kind):
     """Return the field *name* of *document* if both are of the right shape, else None."""
     value = document.get(name) if isinstance(document, dict) else None
-    return value if isinstance(value, kind) and not isinstance(value, bool) else None
+    return value if isinstance(value, kind) and value is not True and value is not False else None
 
 def content_text(message):
     """Return the text of a message or delta: its content, else its refusal."""
@@ -631,8 +626,8 @@ class ReplyBuilder:
 
     def add(self, document):
         """Take in one chunk or reply, of whatever shape, and return its Delta."""
-        self.id = field(document, "id", str) or self.id
-        self.model = field(document, "model", str) or self.model
+        self.id = self.id or field(document, "id", str)
+        self.model = self.model or field(document, "model", str)
         usage = field(document, "usage", dict)
         if usage:  # a later chunk may tell more, and does not take back
             self.usage = Usage(*(old if new is None else new
@@ -647,14 +642,16 @@ class ReplyBuilder:
         text = self._half + content_text(message)
         half = "\ud800" <= text[-1:] <= "\udbff" and not self.finish_reason
         self._half = text[-1:] if half else ""
-        text = whole_text(text[:len(text) - len(self._half)])
-        reasoning = bool(field(message, "reasoning_content", str)
-                         or field(message, "reasoning", str))
+        text = whole_text(text[:-1] if half else text)
         if text:
             self._text += text.encode("utf-8")
             self.chunks += 1
-        self.begun = self.begun or reasoning or bool(text)
-        return Delta(text, reasoning)
+            self.begun = True
+            return Delta(text, False)
+        reasoning = bool(field(message, "reasoning_content", str)
+                         or field(message, "reasoning", str))
+        self.begun = self.begun or reasoning
+        return Delta("", reasoning)
 
     @property
     def text(self):
@@ -1616,7 +1613,7 @@ class TextRenderer:
         self._held = self._last = ""
         self.begun = False
 
-    def show(self, document, text):
+    def show(self, document, source, text):
         """Show the *text* of a chunk or reply."""
         self.begun = self.begun or bool(text)
         if not self._streamed:
@@ -1631,7 +1628,7 @@ class TextRenderer:
     def finish(self):
         """End the answer with one newline, its own or ours."""
         rest, self._held, self._streamed = self._held, "", True
-        self.show(None, rest if (rest or self._last)[-1:] == "\n" else rest + "\n")
+        self.show(None, None, rest if (rest or self._last)[-1:] == "\n" else rest + "\n")
 
 class JsonRenderer:
     """Show the server's own objects: a line each if *streamed*, else the one, for a reader."""
@@ -1639,18 +1636,17 @@ class JsonRenderer:
     def __init__(self, terminal, streamed):
         self._terminal, self._streamed = terminal, streamed
         self._held = None
-        self._compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-        self._indented = json.JSONEncoder(ensure_ascii=False, indent=2).encode
         self.begun = False
 
-    def show(self, document, text):
-        """Show the chunk or reply *document* with every field it has."""
-        if self._held is not None:  # a second one: a stream, though we asked for none
+    def show(self, document, source, text):
+        """Show the chunk or reply *document* with every field it has, as its *source* if known."""
+        if self._held:  # a second one: a stream, though we asked for none
             self._streamed = True
             self.finish()
-        self._held, self.begun = document, self.begun or bool(text)
         if self._streamed:
-            self.finish()
+            self._write(document, source)
+        else:
+            self._held, self.begun = (document, source), self.begun or bool(text)
 
     def forget(self):
         """Drop what is held: the try that it came from failed."""
@@ -1658,19 +1654,24 @@ class JsonRenderer:
 
     def finish(self):
         """Write what is still to be shown."""
-        if self._held is None:
-            return
+        if self._held:
+            held, self._held = self._held, None
+            self._write(*held)
+
+    def _write(self, document, source):
+        layout = {"separators": (",", ":")} if self._streamed else {"indent": 2}
         try:
-            line = (self._compact if self._streamed else self._indented)(self._held)
+            if source is None or not self._streamed:
+                source = json.dumps(document, ensure_ascii=False, **layout)
         except RecursionError as error:
             raise ServerError("the reply is nested too deeply to print") from error
-        self._held, self.begun = None, True
-        self._terminal.answer(line + "\n", "backslashreplace")  # a lone surrogate as its escape
+        self.begun = True
+        self._terminal.answer(source + "\n", "backslashreplace")  # a lone surrogate as its escape
 
 def show_json(document, terminal):
     """Show *document* on stdout."""
     renderer = JsonRenderer(terminal, False)
-    renderer.show(document, "")
+    renderer.show(document, None, "")
     renderer.finish()
 
 def show_rows(names, rows, terminal):
@@ -1708,7 +1709,10 @@ def read_error_body(chunks):
     return bytes(data[:MAX_ERROR_BYTES])
 
 def stream_documents(chunks):
-    """Yield each document of an event stream, up to its [DONE]; raise CutShortError without one."""
+    """Yield each document of an event stream, and its text where that is one line, up to [DONE].
+
+    Raise CutShortError where that does not come.
+    """
     decoder = EventDecoder()
     for chunk in chunks:
         for event in decoder.feed(chunk):
@@ -1716,24 +1720,26 @@ def stream_documents(chunks):
             if event.name == "message" and data == "[DONE]":
                 return
             if event.name == "error" or event.name == "message" and data:
-                yield event_document(event)
+                yield event_document(event), None if "\n" in data else data
     raise CutShortError("the reply was cut short: the stream ended before its end")
 
 def whole_document(chunks, through):
-    """Yield the one document that *chunks* are; raise ServerError where they are not JSON."""
+    """Return the one document that *chunks* are; raise ServerError where they are not JSON."""
     data = bytearray()
     for chunk in chunks:
         data += chunk
         if len(data) > MAX_REPLY_BYTES:
             raise ServerError(f"the reply is over {MAX_REPLY_BYTES >> 20} MiB")
     try:
-        yield parse_json(data.decode("utf-8-sig"))
+        return parse_json(data.decode("utf-8-sig"))
     except ValueError as error:
         what = "an HTML page" if data.lstrip().startswith(b"<") else "not JSON" if data else "empty"
         raise ServerError(f"the reply{through} is {what}: check the base URL") from error
 
 def documents(response, streamed):
-    """Yield each JSON document of *response*: the chunks of a stream, or the one that it is.
+    """Yield each JSON document of *response*, the chunks of a stream or the one that it is.
+
+    With it comes its text, or None where that is not one line.
 
     What a server calls it counts first, then whether we asked for a stream and it looks like one.
     """
@@ -1742,8 +1748,9 @@ def documents(response, streamed):
     chunks = itertools.chain([first], response.chunks)
     looks_whole = "json" in kind or first.lstrip()[:1] in (b"{", b"<")
     if "event-stream" in kind or streamed and not looks_whole:
-        return stream_documents(chunks)
-    return whole_document(chunks, response.through)
+        yield from stream_documents(chunks)
+    else:
+        yield whole_document(chunks, response.through), None
 
 def check_status(response, request, settings):
     """Raise the error that *response* to *request* stands for, if it is one by its HTTP status."""
@@ -1758,7 +1765,7 @@ def receive(request, settings, trace):
         check_status(response, request, settings)
         if response.status == 204:
             return {}
-        document = next(whole_document(response.chunks, response.through))
+        document = whole_document(response.chunks, response.through)
         if isinstance(document, dict) and is_error(document):
             raise build_error(document, 200, response.headers, settings.api_key)
         return document
@@ -1769,7 +1776,7 @@ def exchange(request, settings, trace, renderer, builder, spinner):
     with open_response(request, settings, trace) as response:
         check_status(response, request, settings)
         try:
-            for document in documents(response, request.streamed):
+            for document, source in documents(response, request.streamed):
                 if is_error(document):
                     raise build_error(document, 200, response.headers, settings.api_key)
                 delta = builder.add(document)
@@ -1777,7 +1784,7 @@ def exchange(request, settings, trace, renderer, builder, spinner):
                     first_token_seconds = time.monotonic() - sent
                 if delta.reasoning:
                     spinner.say("thinking")
-                renderer.show(document, delta.text)
+                renderer.show(document, source, delta.text)
         except (CutShortError, NetworkError):
             if not builder.finish_reason:  # with one the answer is whole, however the wire broke
                 raise
@@ -1949,6 +1956,9 @@ def practice_endpoint():
 
     stored = practice_samples()
 
+    def ignore(*args):
+        pass
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             length = int(self.headers.get("Content-Length") or 0)
@@ -1956,7 +1966,8 @@ def practice_endpoint():
             status, answers = practice_answer(self.command, self.path, body, stored)
             streamed = body.get("stream")
             self.send_response(status)
-            self.send_header("Content-Type", "text/event-stream" if streamed else "application/json")
+            kind = "text/event-stream" if streamed else "application/json"
+            self.send_header("Content-Type", kind)
             self.end_headers()
             for data in map(json.dumps, answers):
                 self.wfile.write(f"data: {data}\n\n".encode() if streamed else data.encode())
@@ -1966,14 +1977,10 @@ def practice_endpoint():
 
         do_POST = do_DELETE = do_GET
 
-        def log_message(self, *args):
-            pass
+        log_message = ignore
 
     class Server(ThreadingMixIn, TCPServer):
-        daemon_threads = True
-
-        def handle_error(self, *args):  # the client went away
-            pass
+        daemon_threads, handle_error = True, ignore  # errors are of clients that went away
 
     with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -2632,7 +2639,7 @@ class Arrivals:
     def __init__(self):
         self.times = []
 
-    def show(self, document, text):
+    def show(self, document, source, text):
         """Take in the time."""
         self.times.append(time.monotonic())
 
@@ -2786,7 +2793,7 @@ def run_completions_get(options, terminal):
         show_json(completion, terminal)
     else:
         renderer = TextRenderer(terminal, False)
-        renderer.show(completion, whole_text(content_text(message_of(completion))))
+        renderer.show(completion, None, whole_text(content_text(message_of(completion))))
         renderer.finish()
     return EXIT_OK
 
@@ -2849,7 +2856,7 @@ def run_completions_delete(options, terminal):
                 status = status or error.exit_status
             else:
                 if terminal.json:
-                    JsonRenderer(terminal, True).show(document, "")
+                    JsonRenderer(terminal, True).show(document, None, "")
                 else:
                     terminal.answer(f"deleted {name}\n")
     return status
@@ -2867,7 +2874,7 @@ def command_tree(parser, path=()):
     arguments are Words.
     """
     commands, options, arguments, below = [], [], [], []
-    for action in parser._actions:
+    for action in parser.filled()._actions:
         if isinstance(action, argparse._SubParsersAction):
             commands = [(choice.dest, choice.help) for choice in action._choices_actions]
             for name, found in action.choices.items():
@@ -3063,11 +3070,26 @@ class PageAction(argparse.Action):
         raise Page(self.const or parser.format_help())
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports a wrong command line as a UsageError and takes no abbreviations."""
+    """A parser that reports a wrong command line as a UsageError and takes no abbreviations.
 
-    def __init__(self, **options):
+    Each of *fills* adds options to it once it is used: a command line needs those of one command.
+    """
+
+    def __init__(self, fills=(), **options):
         super().__init__(add_help=False, **options)
         self.color = False  # Python 3.14 would colour the help
+        self._fills = fills
+
+    def filled(self):
+        """Return the parser with all its options."""
+        fills, self._fills = self._fills, ()
+        for fill in fills:
+            fill(self)
+        return self
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse as every parser does."""
+        return super(Parser, self.filled()).parse_known_args(args, namespace)
 
     def _get_option_tuples(self, option_string):  # allow_abbrev=False forbids -qv too before 3.8
         return [] if option_string.startswith("--") else super()._get_option_tuples(option_string)
@@ -3150,13 +3172,6 @@ def name_and_text(text):
         raise argparse.ArgumentTypeError(f"not NAME=VALUE: {text!r}")
     return plain(name), typed_text(value)
 
-def add_command(commands, name, run, summary, description=None):
-    """Add the command *name*, which *run* runs, and return its parser."""
-    parser = commands.add_parser(name, help=summary, description=description or (
-        summary[0].upper() + summary[1:] + "."))
-    parser.set_defaults(run=run)
-    return parser
-
 def add_target(parser):
     """Add the options that say which endpoint is asked."""
     parser.add_argument("--endpoint", metavar="SLUG", type=slug, default=argparse.SUPPRESS,
@@ -3169,13 +3184,10 @@ def add_metadata(parser, summary):
     parser.add_argument("--metadata", metavar="NAME=VALUE", type=name_and_text, action="append",
                         default=argparse.SUPPRESS, help=summary + "; may be repeated")
 
-def add_chat(commands):
-    """Add the command chat."""
-    parser = add_command(commands, "chat", run_chat, "ask an endpoint for a chat completion",
-                         "Send a message to an endpoint and print the answer.")
+def add_chat(parser):
+    """Add the options of chat."""
     add = parser.add_argument
     positive, whole = number(1, MAX_NUMBER, int), number(-MAX_NUMBER, MAX_NUMBER, int)
-    add_target(parser)
     add("-m", "--message", metavar="TEXT", type=typed_text,
         help="what to say; '-', or no -m, reads it from standard input")
     add("--stream", action="store_true", help="print the answer as it is generated")
@@ -3199,110 +3211,90 @@ def add_chat(commands):
     add("--store", action="store_const", const=True, help="have the server keep the completion")
     add_metadata(parser, "tag for a completion that is kept")
     add("--show-usage", action="store_true", help="print token counts and the id on stderr")
-    add_global_options(parser)
 
-def add_models(commands):
-    """Add the command models."""
-    parser = add_command(commands, "models", run_models, "list the models behind an endpoint")
-    add_target(parser)
-    add_global_options(parser)
+def add_filters(parser):
+    """Add the options that say which stored completions are listed."""
+    def add(name, **options):
+        parser.add_argument(name, default=argparse.SUPPRESS, **options)
 
-def add_completions(commands):
-    """Add the command completions and those below it; without one of them it lists."""
-    def add(name, run, summary, *more):
-        parser = add_command(below, name, run, summary)
-        for add_more in more:
-            add_more(parser)
-        add_target(parser)
-        add_global_options(parser)
-        return parser
+    add("--limit", metavar="N", type=number(1, 100, int), help="how many at most, 1 to 100")
+    add("--after", metavar="ID", type=slug, help="those that follow this one")
+    add("--order", metavar="ORDER", choices=("asc", "desc"),
+        help="by time: asc, the oldest first, or desc")
+    add("--model", metavar="NAME", type=plain, help="those of this model")
+    add_metadata(parser, "those with this tag")
 
-    def add_filters(parser):
-        for name, options in (
-                ("--limit", dict(metavar="N", type=number(1, 100, int), help="at most N, 1 to 100")),
-                ("--after", dict(metavar="ID", type=slug, help="those that follow this one")),
-                ("--order", dict(choices=("asc", "desc"), metavar="ORDER",
-                                 help="by time: asc, the oldest first, or desc")),
-                ("--model", dict(metavar="NAME", type=plain, help="those of this model"))):
-            parser.add_argument(name, default=argparse.SUPPRESS, **options)
-        add_metadata(parser, "those with this tag")
+def argument(*names, **options):
+    """Return a function that adds this argument to a parser."""
+    return lambda parser: parser.add_argument(*names, **options)
 
-    def add_id(parser):
-        parser.add_argument("id", metavar="ID", type=slug, help="id of the completion")
+def add_command(commands, name, run, summary, *fills):
+    """Add the command *name*, which *run* runs, and whose options the functions *fills* add."""
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:]
+                                 + ".", fills=fills + (add_global_options,))
+    parser.set_defaults(run=run)
 
-    parser = add_command(commands, "completions", run_completions_list,
-                         "list and change the completions that --store keeps")
-    parser.set_defaults(limit=None, after=None, order=None, model=None)
-    below = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
-    add("list", run_completions_list, "list them; this is the default", add_filters)
-    add("get", run_completions_get, "show the answer of one", add_id)
-    add("messages", run_completions_messages, "show the conversation of one", add_id)
-    add_metadata(add("update", run_completions_update, "change the tags of one", add_id), "new tag")
-    delete = add("delete", run_completions_delete, "delete some")
-    delete.add_argument("id", metavar="ID", type=slug, nargs="+", help="ids of completions")
-    delete.add_argument("--yes", action="store_true", help="do not ask")
-    add_filters(parser)
-    add_target(parser)
-    add_global_options(parser)
+def add_completions(parser):
+    """Add the commands below completions."""
+    below = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands",
+                                  prog=parser.prog)
+    one = argument("id", metavar="ID", type=slug, help="id of the completion")
+    some = argument("id", metavar="ID", type=slug, nargs="+", help="ids of completions")
+    add_command(below, "list", run_completions_list, "list them; this is the default",
+                add_filters, add_target)
+    add_command(below, "get", run_completions_get, "show the answer of one", one, add_target)
+    add_command(below, "messages", run_completions_messages, "show the conversation of one",
+                one, add_target)
+    add_command(below, "update", run_completions_update, "change the tags of one", one,
+                lambda update: add_metadata(update, "new tag"), add_target)
+    add_command(below, "delete", run_completions_delete, "delete some", some,
+                argument("--yes", action="store_true", help="do not ask"), add_target)
 
-def add_status(commands):
-    """Add the command status."""
-    parser = add_command(commands, "status", run_status, "check settings, connection and endpoint",
-                         "Check the settings, the connection, the key and, with --endpoint, a "
-                         "short completion, step by step.")
-    add_target(parser)
-    add_global_options(parser)
-
-def add_config(commands):
-    """Add the command config and those below it; without one of them it lists."""
-    def add(name, run, summary, *argument, **options):
-        parser = add_command(below, name, run, summary)
-        if argument:
-            parser.add_argument(*argument, **options)
-        add_global_options(parser)
-
-    parser = add_command(commands, "config", run_config_list,
-                         "list and change the deployments in the config file")
-    below = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
+def add_config(parser):
+    """Add the commands below config."""
+    below = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands",
+                                  prog=parser.prog)
     known = dict(metavar="CONTEXT", type=typed_text, help="name of a deployment")
-    add("list", run_config_list, "list them, keys masked; this is the default")
-    add("init", run_config_init, "ask for a deployment and add it")
-    add("add", run_config_add, "add one: --base-url URL, and --api-key KEY, or - for stdin",
-        "name", metavar="NAME", type=check_deployment_name, help="name of the new deployment")
-    add("use", run_config_use, "make one the current one", "name", **known)
-    add("show", run_config_show, "show one, the current one by default", "name", nargs="?", **known)
-    add("remove", run_config_remove, "remove one", "name", **known)
-    add("path", run_config_path, "print where the config file is")
-    add_global_options(parser)
-
-def add_help(commands, root):
-    """Add the commands completion and help, which tell of the parser *root*."""
-    parser = add_command(commands, "completion", run_completion, "print a completion script",
-                         "Print a script with which a shell completes xeroctl's command lines.")
-    parser.set_defaults(parser=root)
-    parser.add_argument("shell", metavar="SHELL", choices=tuple(SHELLS), help="bash, zsh or fish")
-    add_global_options(parser)
-    parser = add_command(commands, "help", run_help, "show the help of a command")
-    parser.set_defaults(parser=root)
-    parser.add_argument("topic", metavar="COMMAND", nargs="*", help="words of the command")
-    add_global_options(parser)
+    add_command(below, "list", run_config_list, "list them, keys masked; this is the default")
+    add_command(below, "init", run_config_init, "ask for a deployment and add it")
+    add_command(below, "add", run_config_add,
+                "add one: --base-url URL, and --api-key KEY, or - for standard input",
+                argument("name", metavar="NAME", type=check_deployment_name,
+                         help="name of the new deployment"))
+    add_command(below, "use", run_config_use, "make one the current one",
+                argument("name", **known))
+    add_command(below, "show", run_config_show, "show one, by default the current one",
+                argument("name", nargs="?", **known))
+    add_command(below, "remove", run_config_remove, "remove one", argument("name", **known))
+    add_command(below, "path", run_config_path, "print where the config file is")
 
 def build_parser():
     """Return the parser of the whole command line."""
     parser = Parser(prog="xeroctl", description="Chat with Xerotier endpoints.",
                     epilog="xeroctl help COMMAND tells more. Try: xeroctl chat --demo -m Hello")
     parser.set_defaults(
-        command=None, base_url=None, api_key=None, context=None, output=None, cacert=None,
-        connect_timeout=DEFAULT_CONNECT_TIMEOUT_SECONDS, timeout=DEFAULT_TIMEOUT_SECONDS,
-        retries=DEFAULT_RETRIES, dry_run=False, quiet=False, verbose=False,
-        endpoint=None, demo=False, metadata=[])
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    add_chat(commands)
-    add_models(commands)
-    add_completions(commands)
-    add_status(commands)
-    add_config(commands)
-    add_help(commands, parser)
+        command=None, parser=parser, base_url=None, api_key=None, context=None, output=None,
+        cacert=None, connect_timeout=DEFAULT_CONNECT_TIMEOUT_SECONDS,
+        timeout=DEFAULT_TIMEOUT_SECONDS, retries=DEFAULT_RETRIES, dry_run=False, quiet=False,
+        verbose=False, endpoint=None, demo=False, metadata=[], limit=None, after=None, order=None,
+        model=None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands",
+                                     prog=parser.prog)
+    add_command(commands, "chat", run_chat, "send a message to an endpoint and print the answer",
+                add_target, add_chat)
+    add_command(commands, "models", run_models, "list the models behind an endpoint", add_target)
+    add_command(commands, "completions", run_completions_list,
+                "list and change the completions that --store keeps",
+                add_completions, add_filters, add_target)
+    add_command(commands, "status", run_status,
+                "check settings, connection, key and, with --endpoint, a short completion",
+                add_target)
+    add_command(commands, "config", run_config_list,
+                "list and change the deployments in the config file", add_config)
+    add_command(commands, "completion", run_completion, "print a script that completes commands",
+                argument("shell", metavar="SHELL", choices=tuple(SHELLS), help="bash, zsh or fish"))
+    add_command(commands, "help", run_help, "show the help of a command",
+                argument("topic", metavar="COMMAND", nargs="*", help="words of the command"))
     add_global_options(parser)
     return parser
 
