@@ -626,8 +626,8 @@ class ReplyBuilder:
 
     def add(self, document):
         """Take in one chunk or reply, of whatever shape, and return its Delta."""
-        self.id = self.id or field(document, "id", str)
-        self.model = self.model or field(document, "model", str)
+        self.id = self.id or field(document, "id", str) or None
+        self.model = self.model or field(document, "model", str) or None
         usage = field(document, "usage", dict)
         if usage:  # a later chunk may tell more, and does not take back
             self.usage = Usage(*(old if new is None else new

@@ -113,7 +113,7 @@ CHUNKS = [chunk(delta={"role": "assistant"}), chunk("é"), chunk(finish="stop"),
 
 
 def json_lines(documents):
-    return "".join(json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n" for document in documents).encode()
+    return "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents).encode()
 
 
 def test_a_stream_that_nobody_asked_for_is_a_json_line_a_chunk(chat, server):

@@ -215,8 +215,23 @@ def test_a_stream_without_its_content_type_is_read(quiet):
 
 def test_json_lines_keep_every_field_in_its_order(quiet):
     chunks = [chunk("é 😀\u2028", x_vendor={"z": 1, "a": [None, 1.5, -0.0]}, choices_order=1), STOP, usage_chunk()]
-    printed = [json.dumps(item, ensure_ascii=False, separators=(",", ":")) + "\n" for item in chunks]
+    printed = [json.dumps(item, ensure_ascii=False) + "\n" for item in chunks]
     assert quiet(stream(*chunks, DONE), options=["-o", "json"]) == (0, "".join(printed).encode(), b"")
+
+
+def test_a_json_line_is_what_the_server_wrote(quiet):
+    odd = rb'{ "choices":[], "n":1.0e2,"big":123456789012345678901234567890, "s":"\u00e9\ud83d\/" ,"s":2}'
+    spread = odd.replace(b', "n"', b',
+data: "n"')
+    events = [b"data: " + odd + b"
+
+", b"data:" + spread + b"
+
+", sse(STOP, DONE)]
+    printed = quiet(stream(*events), options=["-o", "json"]).stdout.split(b"
+")
+    assert printed[0] == odd
+    assert printed[1] == rb'{"choices":[],"n":100.0,"big":123456789012345678901234567890,"s":2}'
 
 
 # -- Cut short -------------------------------------------------------
