@@ -221,15 +221,9 @@ def test_json_lines_keep_every_field_in_its_order(quiet):
 
 def test_a_json_line_is_what_the_server_wrote(quiet):
     odd = rb'{ "choices":[], "n":1.0e2,"big":123456789012345678901234567890, "s":"\u00e9\ud83d\/" ,"s":2}'
-    spread = odd.replace(b', "n"', b',
-data: "n"')
-    events = [b"data: " + odd + b"
-
-", b"data:" + spread + b"
-
-", sse(STOP, DONE)]
-    printed = quiet(stream(*events), options=["-o", "json"]).stdout.split(b"
-")
+    spread = odd.replace(b', "n"', b',\ndata: "n"')
+    events = [b"data: " + odd + b"\n\n", b"data:" + spread + b"\n\n", sse(STOP, DONE)]
+    printed = quiet(stream(*events), options=["-o", "json"]).stdout.split(b"\n")
     assert printed[0] == odd
     assert printed[1] == rb'{"choices":[],"n":100.0,"big":123456789012345678901234567890,"s":2}'
 
