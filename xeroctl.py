@@ -1389,6 +1389,9 @@ class Output:
     def __init__(self, stream, environ):
         self._fd = stream.fileno() if stream else -1  # closed: writing fails as it should
         self.is_terminal = bool(stream) and stream.isatty()
+        self._send = lambda data: os.write(self._fd, data)
+        if self.is_terminal and os.name != "posix":  # a console has a code page of its own
+            self._send = stream.buffer.raw.write
         self.dumb = not self.is_terminal or (environ.get("TERM") or "dumb") == "dumb"
         self.styled = not self.dumb and not environ.get("NO_COLOR")
         self._encoding = stream.encoding if self.is_terminal else "utf-8"
@@ -1398,7 +1401,7 @@ class Output:
         data = text.encode(self._encoding, errors)
         while data:
             try:
-                data = data[os.write(self._fd, data):]
+                data = data[self._send(data):]
             except BlockingIOError:  # another process made this pipe non-blocking
                 import select
                 select.select([], [self._fd], [])
@@ -2219,7 +2222,8 @@ def do_edit(chat, argument):
 
     if not chat.typed_at:
         raise UsageError("/edit needs a terminal")
-    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    usual = "vi" if os.name == "posix" else "notepad"
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or usual
     with TemporaryDirectory(prefix="xeroctl-") as folder:  # mode 0700
         path = os.path.join(folder, "message.txt")
         write_private(path, argument)
@@ -2306,7 +2310,7 @@ def chat_loop(chat, first):
             handle(chat, line)
         except EOFError:
             if chat.typed_at and not chat.terminal.is_typed_at():  # the terminal was closed
-                raise Terminated(signal.SIGHUP) from None
+                raise Terminated(getattr(signal, "SIGHUP", signal.SIGTERM)) from None
             break
         except KeyboardInterrupt:
             if not chat.typed_at:

@@ -1,4 +1,4 @@
-"""The manual and the README say what the tool does: options, variables, statuses, commands; both ways."""
+"""The manual and the README say what the tool does: commands, options, variables, statuses; both ways."""
 
 import argparse
 import os
@@ -20,23 +20,77 @@ OTHER_PROGRAMS_VARIABLES = {
     "HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "VISUAL", "EDITOR", "NO_COLOR", "TERM", "SSL_CERT_FILE", "SSL_CERT_DIR",
     "http_proxy", "https_proxy", "all_proxy", "no_proxy",
 }
+OTHER_PROGRAMS = {"man"}  # that take our name as an argument
+OTHER_PROGRAMS_OPTIONS = {"--label"}
 INTERRUPTED = 130  # by a signal, so no constant
 OPERATORS = re.compile(r"[;&|<>()]+$|^(do|then|else|if|while)$")
 
 
-def parsers(xeroctl):
-    """Return the parser and those of its commands."""
-    parser = xeroctl.build_parser()
-    found = [parser]
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            found += action.choices.values()
+def tree(xeroctl):
+    """Return the parser of each command by the words that lead to it; that of the whole tool by none."""
+    found = {}
+
+    def add(path, parser):
+        found[path] = parser.filled()
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, below in action.choices.items():
+                    add((*path, name), below)
+
+    add((), xeroctl.build_parser())
     return found
+
+
+def is_group(parser):
+    return any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
+
+
+def leaves(xeroctl):
+    """Return the parsers of the commands that have none below them, by their words."""
+    return {path: parser for path, parser in tree(xeroctl).items() if not is_group(parser)}
+
+
+def options(parser):
+    """Return the actions of *parser* that options start."""
+    return [action for action in parser._actions if action.option_strings]
+
+
+def names(actions):
+    return {name for action in actions for name in action.option_strings}
 
 
 def parser_options(xeroctl):
     """Return the set of all names of options."""
-    return {name for parser in parsers(xeroctl) for action in parser._actions for name in action.option_strings}
+    return {name for parser in tree(xeroctl).values() for name in names(options(parser))}
+
+
+def option_head(action):
+    """Return what heads an option's item: "Fl m , Fl -message Ar TEXT"."""
+    head = " , ".join("Fl " + name[1:] for name in action.option_strings)
+    return head if action.nargs == 0 else f"{head} Ar {action.metavar}"
+
+
+def argument_head(action):
+    """Return how an argument without an option stands in a head: "Op Ar COMMAND ..."."""
+    if action.choices:
+        return " | ".join(action.choices)
+    return "Op " * (action.nargs in ("?", "*")) + f"Ar {action.metavar}" + " ..." * (action.nargs in ("+", "*"))
+
+
+def command_head(path, commands):
+    """Return what heads the item of the command *path*: "Cm config Op Cm list", "Cm config add Ar NAME"."""
+    above, parser = commands[path[:-1]], commands[path]
+    default = above.get_default("run")
+    if default and parser.get_default("run") is default:
+        return f"Cm {' '.join(path[:-1])} Op Cm {path[-1]}"
+    arguments = [argument_head(action) for action in parser._actions if not action.option_strings]
+    return " ".join(["Cm", *path, *arguments])
+
+
+def command_heads(xeroctl):
+    """Return the heads of all commands that do something, in the order of the help."""
+    commands = tree(xeroctl)
+    return [command_head(path, commands) for path in leaves(xeroctl)]
 
 
 def section(name):
@@ -44,9 +98,27 @@ def section(name):
     return re.search(rf"^\.Sh {name}\n(.*?)(?=^\.Sh |\Z)", PAGE, re.MULTILINE | re.DOTALL).group(1)
 
 
+def subsection(name):
+    """Return the text of the subsection *name* of the manual's description."""
+    return re.search(rf"^\.Ss {name}\n(.*?)(?=^\.S[hs] |\Z)", PAGE, re.MULTILINE | re.DOTALL).group(1)
+
+
 def items(text):
     """Return the heads of the list items in *text*."""
     return re.findall(r"^\.It (.*)$", text, re.MULTILINE)
+
+
+def bodies(text):
+    """Return the (head, text) pairs of the list items in *text*; a list within an item is left out of its text."""
+    depth, found, open_items = 0, [], {}
+    for line in text.split("\n"):
+        depth += line.startswith(".Bl") - line.startswith(".El")
+        if line.startswith(".It "):
+            open_items[depth] = [line[len(".It "):], ""]
+            found.append(open_items[depth])
+        elif not line.startswith((".Bl", ".El")) and depth in open_items:
+            open_items[depth][1] += line + "\n"
+    return [tuple(item) for item in found]
 
 
 def flags(text):
@@ -54,24 +126,124 @@ def flags(text):
     return {"-" + name for name in re.findall(r"\bFl ([A-Za-z-][\w-]*)", text)}
 
 
+def commands_text():
+    """Return the list of the commands in the manual."""
+    return section("DESCRIPTION").partition("\n.Ss ")[0]
+
+
+def listed_options():
+    """Return the heads of the options that stand below each command in the manual's list, by the command's head."""
+    found = {}
+    for head in items(commands_text()):
+        if head.startswith("Fl "):
+            found[list(found)[-1]].append(head)
+        else:
+            found[head] = []
+    return found
+
+
 # -- The manual ------------------------------------------------------
 
 
-def test_the_manual_has_every_option_and_no_other(xeroctl):
-    assert flags("\n".join(items(PAGE))) == parser_options(xeroctl)
+def test_the_manual_has_every_command_with_its_arguments_and_no_other(xeroctl):
+    assert list(listed_options()) == command_heads(xeroctl)
+
+
+def test_the_synopsis_has_every_command_with_its_arguments_and_no_other(xeroctl):
+    commands = {command_head(path, tree(xeroctl)): parser for path, parser in leaves(xeroctl).items()}
+    found = []
+    for block in section("SYNOPSIS").split(".Nm\n")[1:-1]:
+        words = [line[1:] for line in block.split("\n") if re.match(r"\.(Op )?(Cm|Ar) (?!options$)", line)]
+        found.append(" ".join(words))
+        assert flags(block) <= names(options(commands[found[-1]])), found[-1]
+    assert list(dict.fromkeys(found)) == command_heads(xeroctl)
+
+
+def test_no_sentence_of_the_manual_names_another_command(xeroctl):
+    commands = tree(xeroctl)
+    known = set(commands) | {(*path, word) for path, parser in commands.items() for action in parser._actions
+                             if action.choices and not action.option_strings for word in action.choices}
+    named = [tuple(words.split()) for words in re.findall(r"\bCm ([a-z]+(?: [a-z]+)*)", section("DESCRIPTION"))]
+    named = [words for words in named if words[:1] in commands]
+    assert len(named) > 20
+    assert [words for words in named if words not in known] == []
+
+
+def test_the_manual_has_every_option_of_every_command_and_no_other(xeroctl):
+    """The global ones once, those that say which endpoint is asked once, the others where their command is."""
+    commands = tree(xeroctl)
+    everywhere = {option_head(action) for action in options(commands[()])}
+    of_endpoints = set(items(subsection("Endpoint options")))
+    asking = {words for words in re.findall(r"^\.Cm (\w+)", subsection("Endpoint options"), re.MULTILINE)}
+    assert set(items(subsection("Global options"))) - {head for head in items(PAGE) if head[:2] == "Cm"} == everywhere
+    for path, parser in commands.items():
+        if not path:
+            continue
+        heads = {option_head(action) for action in options(parser)} - everywhere
+        if path[0] in asking:
+            assert of_endpoints <= heads, path
+            heads -= of_endpoints
+        if is_group(parser):  # as its default
+            path = next((below for below in commands if below[:-1] == path and below[-1] == "list"))
+        documented = set(listed_options()[command_head(path, commands)])
+        if path == ("chat",):
+            documented |= set(items(subsection("Options of chat")))
+        assert documented == heads, path
+
+
+def test_the_manual_describes_no_option_of_a_command_twice():
+    heads = items(subsection("Global options")) + items(subsection("Endpoint options"))
+    for below in [items(subsection("Options of chat")), *listed_options().values()]:
+        assert len(set(heads + below)) == len(heads + below)
 
 
 def test_no_sentence_of_the_manual_names_another_option(xeroctl):
     assert flags(PAGE) - parser_options(xeroctl) == set()
 
 
-@pytest.mark.parametrize("kind", ["value", "no value"])
-def test_the_manual_says_which_options_take_a_value(xeroctl, kind):
-    actions = [action for parser in parsers(xeroctl) for action in parser._actions if action.option_strings]
-    taking = {name for action in actions if action.nargs != 0 for name in action.option_strings}
-    heads = [head for head in items(PAGE) if "Fl" in head and ("Ar" in head.split()) == (kind == "value")]
-    expected = taking if kind == "value" else parser_options(xeroctl) - taking
-    assert flags("\n".join(heads)) == expected
+def test_the_manual_has_the_words_that_a_value_can_be(xeroctl):
+    with_choices = {option_head(action): action for parser in tree(xeroctl).values() for action in options(parser)
+                    if action.choices}
+    assert len(with_choices) >= 2
+    for head, action in with_choices.items():
+        text = next(text for found, text in bodies(PAGE) if found == head)
+        assert set(action.choices) - set(re.findall(r"\bCm (\w+)", text)) == set(), head
+
+
+def test_the_manual_says_which_options_may_be_repeated(xeroctl):
+    repeatable = {option_head(action) for parser in tree(xeroctl).values() for action in options(parser)
+                  if isinstance(action, argparse._AppendAction)}
+    found = [head for head, text in bodies(section("DESCRIPTION")) if re.search("May be repeated|it is repeated", text)]
+    assert set(found) == repeatable
+    assert found.count("Fl -metadata Ar NAME=VALUE") == 3
+
+
+def test_the_manual_has_the_commands_of_a_conversation_and_no_other(xeroctl):
+    heads = [head.split()[1] for head in items(subsection("Interactive mode")) if head.startswith("Cm /")]
+    assert heads == [command.name for command in xeroctl.CHAT_COMMANDS]
+
+
+def test_the_manual_has_the_steps_of_status_in_their_order(xeroctl):
+    assert items(subsection("Status")) == ["Sy " + step for step in xeroctl.STATUS_STEPS]
+    assert f"at most {xeroctl.STATUS_MAX_TOKENS} tokens" in subsection("Status")
+
+
+def test_the_manual_has_the_keys_of_the_config_file_and_no_other(xeroctl):
+    heads = [head for head in items(section("FILES")) if head.startswith("Cm ")]
+    assert sorted(heads) == sorted("Cm " + name for name in ("current", *xeroctl.DEPLOYMENT_KEYS))
+
+
+def config_examples():
+    """Return the config files that the documents show."""
+    return (re.findall(r"^```toml\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
+            + re.findall(r"^\.Bd -literal\n(current.*?)^\.Ed", PAGE, re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("text", config_examples(), ids=["README", "manual"])
+def test_a_config_file_in_the_documents_holds_known_keys_alone(xeroctl, text):
+    config = xeroctl.parse_config(text, "an example")
+    assert config.current in config.deployments
+    assert {name for deployment in config.deployments.values() for name in deployment} <= set(xeroctl.DEPLOYMENT_KEYS)
 
 
 def test_the_manual_has_every_variable_and_no_other(xeroctl):
@@ -94,11 +266,6 @@ def test_the_manual_has_the_defaults(xeroctl):
         assert f"default is {value}." in text
 
 
-def test_the_manual_has_every_command(xeroctl):
-    commands = parsers(xeroctl)[0]._subparsers._group_actions[0].choices
-    assert set(re.findall(r"^\.It Cm (\w+)", section("DESCRIPTION"), re.MULTILINE)) == set(commands)
-
-
 def test_the_manual_is_without_a_mistake():
     if not shutil.which("mandoc"):
         assert os.environ.get("CI") != "true", "mandoc must be there in CI"
@@ -114,13 +281,24 @@ def test_the_manual_is_without_a_mistake():
 def fenced_lines():
     """Return the lines of the README's shell blocks, continued lines joined."""
     blocks = re.findall(r"^```(?:sh|shell|bash|console)\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
-    return "\n".join(blocks).replace("\\\n", " ").split("\n")
+    return joined("\n".join(blocks)).split("\n")
+
+
+def inline_commands():
+    """Return the commands that the README names within its sentences."""
+    prose = re.sub(r"^```.*?^```", "", GUIDE, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`(xeroctl [^`]+)`", prose)
 
 
 def manual_lines():
     """Return the lines of the manual's examples that a shell would get."""
-    text = section("EXAMPLES").replace("\\e\n", " ").replace("\\-", "-")
+    text = joined(section("EXAMPLES").replace("\\e\n", "\\\n").replace("\\-", "-").replace("\\e", "\\"))
     return [line.split("$ ", 1)[1] for line in text.split("\n") if re.match(r"(\.Dl )?\$ ", line)]
+
+
+def joined(text):
+    """Return the shell lines *text* with each command on one line."""
+    return text.replace("\\\n", " ").replace("|\n", "| ")
 
 
 def words(line):
@@ -137,40 +315,77 @@ def tool_commands(line):
         return
     for at, token in enumerate(tokens):
         before = tokens[at - 1] if at else ";"
-        after = tokens[at + 1] if at + 1 < len(tokens) else ";"
-        by_name = token == "xeroctl" and re.match(r"chat$|-", after)
+        by_name = token == "xeroctl" and before not in OTHER_PROGRAMS
         by_python = token in ("xeroctl.py", "-") and re.match(r"python3", os.path.basename(before))
         by_path = token.endswith("/xeroctl.py") and (OPERATORS.search(before) or re.match("python3", before))
         if by_name or by_python or by_path:
             end = next((end for end in range(at, len(tokens)) if OPERATORS.search(tokens[end])), len(tokens))
-            yield tokens[at + 1:end]
+            start = max([0, *(place + 1 for place in range(at) if OPERATORS.search(tokens[place]))])
+            given = ["something"] if tokens[start] == "xargs" else []
+            yield tokens[at + 1:end] + given
         elif " " in token:
             yield from tool_commands(token)
 
 
-README_COMMANDS = [command for line in fenced_lines() for command in tool_commands(line)]
+README_COMMANDS = [command for line in fenced_lines() + inline_commands() for command in tool_commands(line)]
 MANUAL_COMMANDS = [command for line in manual_lines() for command in tool_commands(line)]
+NEEDS_ENDPOINT = {"chat", "models", "completions"}
 
 
 @pytest.mark.parametrize("command", README_COMMANDS + MANUAL_COMMANDS, ids=" ".join)
 def test_a_command_in_the_documents_parses(xeroctl, command):
     command = [re.sub(r"^\$\w+$", "some", word) for word in command]
     try:
-        options = xeroctl.build_parser().parse_args(command)
+        found = xeroctl.build_parser().parse_args(command)
     except xeroctl.Page:
         return
-    assert options.command == "chat"
-    assert options.demo or options.endpoint
+    assert found.command
+    assert found.demo or found.endpoint or found.command not in NEEDS_ENDPOINT
+    if found.run is xeroctl.run_config_add:
+        assert found.base_url
+    if found.run is xeroctl.run_completions_update:
+        assert found.metadata
+    if found.command == "help":
+        with pytest.raises(xeroctl.Page):
+            xeroctl.build_parser().parse_args([*found.topic, "--help"])
+
+
+@pytest.mark.parametrize("line, commands", [
+    ("xeroctl confg add prod", [["confg", "add", "prod"]]),
+    ("source <(xeroctl completion bash)", [["completion", "bash"]]),
+    ('eval "$(xeroctl completion bash)"', [["completion", "bash"]]),
+    ("xeroctl completion fish | source", [["completion", "fish"]]),
+    ("man xeroctl", []),
+    ("ls | cut -f 1 | xargs -r xeroctl completions delete --yes", [["completions", "delete", "--yes", "something"]]),
+    ("A=b xeroctl status && xeroctl models", [["status"], ["models"]]),
+    ("ssh HOST 'python3 - chat -m \"Hello\"' < xeroctl.py", [["chat", "-m", "Hello"]]),
+], ids=str)
+def test_a_call_of_the_tool_is_found_whatever_it_says(line, commands):
+    assert list(tool_commands(line)) == commands
 
 
 def test_the_commands_are_found():
     assert len(README_COMMANDS) >= sum("xeroctl chat" in line for line in fenced_lines()) > 10
-    assert len(MANUAL_COMMANDS) == sum("xeroctl" in line for line in manual_lines()) > 4
+    assert len(MANUAL_COMMANDS) == sum(line.count("xeroctl ") for line in manual_lines()) > 20
     assert ["chat", "--demo", "--stream", "-m", "Hello"] in README_COMMANDS
 
 
+def test_the_readme_has_every_command(xeroctl):
+    known = {path[0] for path in tree(xeroctl) if path}
+    assert {command[0] for command in README_COMMANDS if not command[0].startswith("-")} == known
+
+
+def test_the_readme_says_which_shells_are_known(xeroctl):
+    assert {command[1] for command in README_COMMANDS if command[0] == "completion"} == set(xeroctl.SHELLS)
+
+
+def test_the_readme_fits_its_columns():
+    assert [line for line in GUIDE.split("\n") if len(line) > 120] == []
+
+
 def test_the_readme_names_no_option_that_does_not_exist(xeroctl):
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", GUIDE)) - parser_options(xeroctl) == set()
+    found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", GUIDE))
+    assert found - parser_options(xeroctl) == OTHER_PROGRAMS_OPTIONS
 
 
 def test_the_readme_and_the_manual_have_the_same_statuses_and_variables(xeroctl):
