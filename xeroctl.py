@@ -402,7 +402,7 @@ def with_table(lines, keys, values):
 
 def with_current(lines, name):
     """Return the *lines* of a TOML text with *name* for current, or without that for None."""
-    end = "\r" if lines[0].endswith("\r") else ""
+    line_end = "\r" if lines[0].endswith("\r") else ""
     for place, line in enumerate(lines):
         pair = re.match(_TOML_PAIR, line)
         value = pair and pair.group(1) == "current" and re.match(_TOML_VALUE, pair.group(2))
@@ -410,13 +410,13 @@ def with_current(lines, name):
             start, end = pair.start(2) + value.start(1), pair.start(2) + value.end(1)
             if name is None:  # and without the empty line that sets it off at the top
                 kept = lines[:place] + lines[place + 1:]
-                return kept[1:] if place == 0 and kept[:1] == [end] else kept
+                return kept[1:] if place == 0 and kept[:1] == [line_end] else kept
             changed = line[:start] + json.dumps(name) + line[end:]
             return lines[:place] + [changed] + lines[place + 1:]
         if line.lstrip().startswith("["):
             break
-    gap = [end] if lines[0].strip() else []
-    return lines if name is None else [f"current = {json.dumps(name)}{end}"] + gap + lines
+    gap = [line_end] if lines[0].strip() else []
+    return lines if name is None else [f"current = {json.dumps(name)}{line_end}"] + gap + lines
 
 def edited_config(text, path, current, deployments):
     """Return the TOML *text* of the file *path* with this *current* and these *deployments*.
@@ -2354,8 +2354,11 @@ def open_settings(options, terminal, endpoint_needed=True):
         if options.demo:
             settings = stack.enter_context(practice_settings(options))
         else:
+            if options.api_key == "-":
+                raise UsageError("--api-key - is for config add alone")
             config = read_config(config_path(os.environ))
-            settings = resolve_settings(options, os.environ, config, fetch_key)
+            kept_key = (lambda deployment: "-") if options.dry_run else fetch_key  # it is not shown
+            settings = resolve_settings(options, os.environ, config, kept_key)
         if endpoint_needed and not settings.endpoint:
             raise UsageError("no endpoint: give --endpoint SLUG, or --demo to try without one")
         terminal.json, terminal.secret = settings.output == "json", settings.api_key
@@ -2473,6 +2476,8 @@ def shown_deployment(deployment):
 def run_config_list(options, terminal):
     """Show the deployments, the current one marked."""
     config = read_config(config_path(os.environ))
+    for notice in config.notices:
+        terminal.notice(notice)
     if terminal.json:
         show_json({"current": config.current, "deployment": {
             name: shown_deployment(found) for name, found in config.deployments.items()}}, terminal)
@@ -2490,12 +2495,12 @@ def run_config_show(options, terminal):
     name = options.name or options.context or os.environ.get(ENV_CONTEXT) or config.current
     if name is None:
         raise UsageError(f"no context is chosen: {config.path} has: {known_contexts(config)}")
-    shown = shown_deployment(find_deployment(config, name))
+    shown = dict({"name": name}, **shown_deployment(find_deployment(config, name)))
     if terminal.json:
         show_json(shown, terminal)
         return EXIT_OK
-    for field_name, value in dict({"name": name}, **shown).items():
-        terminal.answer(f"{field_name}: {value if isinstance(value, str) else json.dumps(value)}\n")
+    for key, value in shown.items():
+        terminal.answer(f"{key}: {value if isinstance(value, str) else json.dumps(value)}\n")
     return EXIT_OK
 
 def run_config_path(options, terminal):
@@ -2584,11 +2589,11 @@ def run_config_init(options, terminal):
 
     try:
         name = asked(terminal.read_line, "name [default]: ", check_new_name, terminal)
-        options.base_url = asked(terminal.read_line,
-                                 "base URL, such as https://api.xerotier.ai/PROJECT/v1: ",
-                                 check_base_url, terminal)
-        options.api_key = asked(terminal.read_secret, "API key, not shown; Enter for none: ",
-                                check_api_key, terminal)
+        options.base_url = options.base_url or asked(
+            terminal.read_line, "base URL, such as https://api.xerotier.ai/PROJECT/v1: ",
+            check_base_url, terminal)
+        options.api_key = options.api_key or asked(
+            terminal.read_secret, "API key, not shown; Enter for none: ", check_api_key, terminal)
         settings = resolve_settings(options, {}, Config("", None, {}, []), fetch_key)
         terminal.secret = settings.api_key
         try:
@@ -2622,16 +2627,16 @@ class Steps:
 
     def add(self, name, sentence, **facts):
         """Take in the step *name*, which ended now, and what is known from it."""
-        self._end(name, True, sentence, facts)
+        self._end(name, sentence, facts)
 
     def fail(self, error):
         """Take in that the step after the last one failed with *error*."""
         place = STATUS_STEPS.index(self.done[-1]["step"]) + 1 if self.done else 0
-        self._end(STATUS_STEPS[place], False, "failed", {"message": str(error)})
+        self._end(STATUS_STEPS[place], "failed", {"ok": False, "message": str(error)})
 
-    def _end(self, name, good, sentence, facts):
+    def _end(self, name, sentence, facts):
         seconds = time.monotonic() - self._since
-        self.done.append(dict(step=name, ok=good, seconds=round(seconds, 4), **facts))
+        self.done.append(dict({"step": name, "ok": True, "seconds": round(seconds, 4)}, **facts))
         if not self._terminal.json:
             self._terminal.answer(f"{name:<13}  {seconds:7.3f} s  {sentence}\n")
         self._since = time.monotonic()
@@ -2672,16 +2677,16 @@ def settings_sentence(settings):
         parts.append("no API key")
     return ", ".join(parts)
 
-def check_models(settings, trace, steps, terminal):
+def check_models(request, settings, trace, steps, terminal):
     """See who answers, and whether the key is taken, by asking for the models."""
     try:
         with terminal.spinner():
-            models = listed(receive(models_request(settings), settings, trace), "models")
+            models = listed(receive(request, settings, trace), "models")
     except (AuthError, RefusedError) as error:
         # It may be that this key, or this server, answers nothing but chats.
         if error.status == 401 or error.status == 403 and not settings.endpoint:
             raise
-        steps.add("authorisation", f"not known: {error}", message=str(error))
+        steps.add("authorisation", f"not known: {error}", ok=None, message=str(error))
     else:
         key = "with the key" if settings.api_key else "without a key"
         steps.add("authorisation", f"HTTP 200 {key}, models: {len(models)}", models=len(models))
@@ -2718,10 +2723,14 @@ def run_status(options, terminal):
     failure = None
     try:
         with open_settings(options, terminal, endpoint_needed=False) as settings:
+            request = models_request(settings)
+            find_proxy(request.url)
+            if settings.cacert:
+                tls_context(settings.cacert)
             steps.add("settings", settings_sentence(settings), base_url=settings.base_url,
                       api_key=settings.api_key and masked(settings.api_key),
                       endpoint=settings.endpoint, sources=settings.sources)
-            check_models(settings, trace, steps, terminal)
+            check_models(request, settings, trace, steps, terminal)
             if settings.endpoint:
                 check_completion(settings, terminal.trace, steps, terminal)
             else:
@@ -2896,7 +2905,7 @@ def filled(template, **parts):
         template = template.replace(f"@{name}@", part if isinstance(part, str) else "\n".join(part))
     return template
 
-_BASH = r"""# Completion for bash; load it with: source <(xeroctl completion bash)
+_BASH = r"""# Completion for bash; load it with: eval "$(xeroctl completion bash)"
 _xeroctl() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]}
     local path= place name found= options=
@@ -3179,7 +3188,7 @@ def name_and_text(text):
 def add_target(parser):
     """Add the options that say which endpoint is asked."""
     parser.add_argument("--endpoint", metavar="SLUG", type=slug, default=argparse.SUPPRESS,
-                        help="endpoint to ask (required, but for --demo)")
+                        help="endpoint to ask; --demo brings its own")
     parser.add_argument("--demo", action="store_true", default=argparse.SUPPRESS,
                         help="ask a practice endpoint inside this process")
 
@@ -3244,14 +3253,15 @@ def add_completions(parser):
                                   prog=parser.prog)
     one = argument("id", metavar="ID", type=slug, help="id of the completion")
     some = argument("id", metavar="ID", type=slug, nargs="+", help="ids of completions")
-    add_command(below, "list", run_completions_list, "list them; this is the default",
+    add_command(below, "list", run_completions_list, "list completions; this is the default",
                 add_filters, add_target)
-    add_command(below, "get", run_completions_get, "show the answer of one", one, add_target)
-    add_command(below, "messages", run_completions_messages, "show the conversation of one",
+    add_command(below, "get", run_completions_get, "show the answer of a completion",
                 one, add_target)
-    add_command(below, "update", run_completions_update, "change the tags of one", one,
+    add_command(below, "messages", run_completions_messages,
+                "show the conversation of a completion", one, add_target)
+    add_command(below, "update", run_completions_update, "change the tags of a completion", one,
                 lambda update: add_metadata(update, "new tag"), add_target)
-    add_command(below, "delete", run_completions_delete, "delete some", some,
+    add_command(below, "delete", run_completions_delete, "delete completions", some,
                 argument("--yes", action="store_true", help="do not ask"), add_target)
 
 def add_config(parser):
@@ -3259,17 +3269,18 @@ def add_config(parser):
     below = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands",
                                   prog=parser.prog)
     known = dict(metavar="CONTEXT", type=typed_text, help="name of a deployment")
-    add_command(below, "list", run_config_list, "list them, keys masked; this is the default")
+    add_command(below, "list", run_config_list, "list the deployments; this is the default")
     add_command(below, "init", run_config_init, "ask for a deployment and add it")
     add_command(below, "add", run_config_add,
-                "add one: --base-url URL, and --api-key KEY, or - for standard input",
+                "add a deployment: its --base-url, and its --api-key, or - for standard input",
                 argument("name", metavar="NAME", type=check_deployment_name,
                          help="name of the new deployment"))
-    add_command(below, "use", run_config_use, "make one the current one",
+    add_command(below, "use", run_config_use, "make a deployment the current one",
                 argument("name", **known))
-    add_command(below, "show", run_config_show, "show one, by default the current one",
+    add_command(below, "show", run_config_show, "show a deployment, by default the chosen one",
                 argument("name", nargs="?", **known))
-    add_command(below, "remove", run_config_remove, "remove one", argument("name", **known))
+    add_command(below, "remove", run_config_remove, "remove a deployment",
+                argument("name", **known))
     add_command(below, "path", run_config_path, "print where the config file is")
 
 def build_parser():

@@ -17,8 +17,8 @@ PAGE = MANUAL.read_text(encoding="utf-8")
 GUIDE = README.read_text(encoding="utf-8")
 
 OTHER_PROGRAMS_VARIABLES = {
-    "HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "VISUAL", "EDITOR", "NO_COLOR", "TERM", "SSL_CERT_FILE", "SSL_CERT_DIR",
-    "http_proxy", "https_proxy", "all_proxy", "no_proxy",
+    "HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "VISUAL", "EDITOR", "NO_COLOR", "TERM",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
 }
 OTHER_PROGRAMS = {"man"}  # that take our name as an argument
 OTHER_PROGRAMS_OPTIONS = {"--label"}
