@@ -977,8 +977,10 @@ def read_config_text(path):
 
 def read_config(path):
     """Return the Config in the file *path*, an empty one where there is none."""
+    if not os.path.lexists(path):
+        return Config(path, None, {}, [])
     config = parse_config(read_config_text(path)[1], path)
-    if os.name == "posix" and os.path.lexists(path) and os.stat(path).st_mode & 0o077:
+    if os.name == "posix" and os.stat(path).st_mode & 0o077:
         config.notices.append(f"others can read {path}: chmod 600 it")
     return config
 
@@ -1810,8 +1812,6 @@ def retried(attempt, begun, settings, terminal):
 
     Once *begun* returns true there is no other try.
     """
-    from random import random
-
     for count in itertools.count(1):
         try:
             with terminal.spinner() as spinner:
@@ -1819,6 +1819,7 @@ def retried(attempt, begun, settings, terminal):
         except XeroctlError as error:
             if begun() or not error.retryable or count > settings.retries:
                 raise
+            from random import random
             pause(error, retry_delay(count, error.retry_after, random()), terminal)
 
 def fetch(request, settings, terminal):

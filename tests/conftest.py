@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,17 +34,55 @@ def interpreter_name(path):
     return "python" + ".".join(version.split(".")[:2])
 
 
+VARIANTS = {  # name: options of the interpreter, variables where a test sets no others, a module that is missing
+    "dev": (["-X", "dev", "-W", "error"], {}, None),
+    "isolated": (["-S", "-E", "-I"], {}, None),
+    "O": (["-O"], {}, None),
+    "OO": (["-OO"], {}, None),
+    "no-ssl": ([], {}, "ssl"),
+    "no-readline": ([], {}, "readline"),
+    "C": ([], {"LC_ALL": "C"}, None),
+    "latin-1": ([], {"PYTHONIOENCODING": "latin-1"}, None),
+}
+
+
+def variant_interpreter(name, interpreter, folder):
+    """Return a program that stands in for *interpreter* and starts it as VARIANTS[*name*] says; it lives in *folder*.
+
+    Whatever a test starts with the interpreter is so run in the variant, by hand as well:
+    tests/run --variant NAME [--interpreter PATH].  What a variant rightly changes is in VARIANT_SKIPS.
+    """
+    options, variables, missing = VARIANTS[name]
+    lines = ["#!/bin/sh", "unset PWD"] + [f'export {key}="${{{key}-{value}}}"' for key, value in variables.items()]
+    if missing:
+        (folder / "missing").mkdir()
+        (folder / "missing" / f"{missing}.py").write_text(f"raise ImportError('no {missing}')\n")
+        lines.append(f'export PYTHONPATH={shlex.quote(str(folder / "missing"))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
+    program = folder / "python3"
+    program.write_text("\n".join(lines + [" ".join(["exec", shlex.quote(interpreter), *options, '"$@"'])]) + "\n")
+    program.chmod(0o755)
+    return str(program)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--interpreter", action="append", type=interpreter_path, metavar="PATH",
         help="spawn the tool on this Python, 3.6 or later; may be repeated (default: the one that runs pytest)",
     )
-
-
+    parser.addoption("--variant", choices=sorted(VARIANTS), help="spawn the tool in another way")
     parser.addoption("--part", metavar="K/N", help="run every Nth test from the Kth on: the parts make up the whole")
 
 
+VARIANT_SKIPS = {  # variant: {a pattern of tests: why they cannot hold there}
+}
+
+
 def pytest_collection_modifyitems(config, items):
+    variant = config.getoption("--variant")
+    for item in items if variant else ():
+        skips = dict(VARIANT_SKIPS.get(variant, {}))
+        if variant == "no-ssl" and "certificate" in item.fixturenames:
+            item.add_marker(pytest.mark.skip(reason="needs TLS"))
     if config.getoption("--part"):
         number, count = map(int, config.getoption("--part").split("/"))
         config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if place % count != number - 1])
@@ -65,9 +104,10 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="session")
-def interpreter(request):
-    """The Python that runs the tool: each --interpreter in turn."""
-    return request.param
+def interpreter(request, tmp_path_factory):
+    """The Python that runs the tool: each --interpreter in turn, as --variant has it."""
+    variant = request.config.getoption("--variant")
+    return variant_interpreter(variant, request.param, tmp_path_factory.mktemp(variant)) if variant else request.param
 
 
 @pytest.fixture
