@@ -369,54 +369,73 @@ def masked(key):
 
 # -- Config edits -----------------------------------------------------------------------------
 
+def toml_text(text):
+    """Return *text* as a TOML string."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+def begun_table(line):
+    """Return the keys of the table that *line* begins, [] for other headers, None for no header."""
+    header = re.match(_TOML_HEADER, line)
+    if not header:
+        return [] if line.lstrip().startswith("[[") else None
+    with contextlib.suppress(ValueError):  # an escape that JSON has not: no table of ours
+        return toml_keys(header.group(1))
+    return []
+
+def after_blank(lines):
+    """Return those of *lines* that follow the first empty one."""
+    return list(itertools.dropwhile(str.strip, lines))[1:]
+
 def without_table(lines, keys):
     """Return the *lines* of a TOML text without the table *keys*, the tables and comments in it.
 
     What follows it after an empty line, or stands right above the next table, stays.
     """
-    kept, tail, inside = [], [], False
-    for line in lines + ["[end]"]:
-        header = re.match(_TOML_HEADER, line)
-        if header or line.lstrip().startswith("[["):
-            was, inside = inside, bool(header) and toml_keys(header.group(1))[:len(keys)] == keys
+    kept, tail, inside = [], [], False  # the tail: empty lines and comments at a table's end
+    for line in lines:
+        begun = begun_table(line)
+        if begun is not None:
+            was, inside = inside, begun[:len(keys)] == keys
             if was and not inside:
-                blanks = [place for place, held in enumerate(tail) if not held.strip()]
-                kept += tail[blanks[0] + 1:] if blanks else tail
+                kept += tail if all(map(str.strip, tail)) else after_blank(tail)
+            tail = []
         if not inside:
             kept.append(line)
-        elif re.match(_TOML_END, line):
-            tail.append(line)
         else:
-            tail = []
-    return kept[:-1]
+            tail = tail + [line] if re.match(_TOML_END, line) else []
+    if inside:
+        kept += after_blank(tail)
+        if kept and not kept[-1].strip():  # what set the last table off
+            kept.pop()
+    return kept
 
 def with_table(lines, keys, values):
     """Return the *lines* of a TOML text with the table *keys* of texts *values* at their end."""
-    end = "\r" if lines[0].endswith("\r") else ""
-    quoted = [key if re.match(_TOML_KEY + r"\Z", key) else json.dumps(key) for key in keys]
-    lines = lines[:-1] if not lines[-1] else lines[:-1] + [lines[-1] + end]
+    end = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
+    if lines and not lines[-1].endswith("\n"):
+        lines = lines[:-1] + [lines[-1] + end]
+    quoted = [key if re.match(_TOML_KEY + r"\Z", key) else toml_text(key) for key in keys]
     table = [f"[{'.'.join(quoted)}]"] + [
-        f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
-    gap = [""] if lines and lines[-1].strip() else []
-    return lines + [line + end for line in gap + table] + [""]
+        f"{key} = {toml_text(value)}" for key, value in values.items()]
+    gap = [end] if lines and lines[-1].strip() else []
+    return lines + gap + [line + end for line in table]
 
 def with_current(lines, name):
     """Return the *lines* of a TOML text with *name* for current, or without that for None."""
-    line_end = "\r" if lines[0].endswith("\r") else ""
     for place, line in enumerate(lines):
         pair = re.match(_TOML_PAIR, line)
         value = pair and pair.group(1) == "current" and re.match(_TOML_VALUE, pair.group(2))
+        if value and name is None:  # goes with the empty line that sets it off at the top
+            gap = place == 0 and not "".join(lines[1:2]).strip()
+            return lines[:place] + lines[place + 1 + gap:]
         if value:
             start, end = pair.start(2) + value.start(1), pair.start(2) + value.end(1)
-            if name is None:  # and without the empty line that sets it off at the top
-                kept = lines[:place] + lines[place + 1:]
-                return kept[1:] if place == 0 and kept[:1] == [line_end] else kept
-            changed = line[:start] + json.dumps(name) + line[end:]
-            return lines[:place] + [changed] + lines[place + 1:]
+            return lines[:place] + [line[:start] + toml_text(name) + line[end:]] + lines[place + 1:]
         if line.lstrip().startswith("["):
             break
-    gap = [line_end] if lines[0].strip() else []
-    return lines if name is None else [f"current = {json.dumps(name)}{line_end}"] + gap + lines
+    end = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
+    gap = [end] if lines and lines[0].strip() else []
+    return lines if name is None else [f"current = {toml_text(name)}{end}"] + gap + lines
 
 def edited_config(text, path, current, deployments):
     """Return the TOML *text* of the file *path* with this *current* and these *deployments*.
@@ -425,20 +444,21 @@ def edited_config(text, path, current, deployments):
     UsageError where the text is written in a way that does not allow it.
     """
     old, document = parse_config(text, path), parse_toml(text, path)
-    lines = text.split("\n")
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)  # with their ends
     for name in set(old.deployments) - set(deployments):
         lines = without_table(lines, ["deployment", name])
     for name in set(deployments) - set(old.deployments):
         lines = with_table(lines, ["deployment", name], deployments[name])
     if current != old.current:
         lines = with_current(lines, current)
-    edited = "\n".join(lines)
+    edited = "".join(lines)
     wanted = dict(document, current=current, deployment=deployments)
     try:
         found = dict({"current": None, "deployment": {}}, **parse_toml(edited, path))
     except UsageError:
         found = None
-    if found != wanted:
+    as_text = json.JSONEncoder(sort_keys=True, default=repr).encode  # in which nan equals nan
+    if as_text(found) != as_text(wanted):
         raise UsageError(f"{path} is written in a way that only an editor can change")
     return edited
 
@@ -1005,16 +1025,23 @@ def write_private(path, text):
             raise UsageError(f"cannot write {path}: {error.strerror}") from error
         raise
 
-def write_config(path, current, deployments):
-    """Give the config file *path* this *current* and these *deployments*; the rest stays.
+def make_private_folder(path):
+    """Make the folder *path* and those above it that are missing, for its owner alone (mode 0700).
 
-    A folder that is made for it is its owner's alone (mode 0700).
+    Unlike os.makedirs it makes all of them so.  Raise OSError.
     """
+    if not os.path.isdir(path):
+        make_private_folder(os.path.dirname(path))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+
+def write_config(path, current, deployments):
+    """Give the config file *path* this *current* and these *deployments*; the rest stays."""
     mark, text = read_config_text(path)
     edited = edited_config(text, path, current, deployments)
     folder = os.path.dirname(path)
     try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        make_private_folder(folder)
     except OSError as error:
         raise UsageError(f"cannot make {folder}: {error.strerror}") from error
     write_private(path, mark + edited)
@@ -1028,24 +1055,27 @@ def fetch_key(deployment):
     from shlex import split
     from shutil import which
 
-    name, command = deployment.get("api_key_keychain"), deployment.get("api_key_command")
+    name, program = deployment.get("api_key_keychain"), deployment.get("api_key_command")
     programs = (["security", "find-generic-password", "-s", name, "-w"],  # macOS
                 ["secret-tool", "lookup", "service", name])  # Linux
     try:
-        words = next((words for words in programs if which(words[0])), None) if name \
-            else split(command)
-        if not words:
+        if not name:
+            words = split(program) or [program]
+        elif any(which(words[0]) for words in programs):
+            words = next(words for words in programs if which(words[0]))
+            program = words[0]
+        else:
             raise UsageError(f"the API key is {name!r} in a keychain, and neither security nor "
                              f"secret-tool is here to read it: set {ENV_API_KEY}")
         done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot run {command or words[0]} for the API key: {reason}") from error
+        raise UsageError(f"cannot run {program} for the API key: {reason}") from error
     key = done.stdout.decode("utf-8", "replace").partition("\n")[0].strip()
     if done.returncode or not key:
         said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise UsageError(f"{command or words[0]} gave no API key (status {done.returncode})"
+        raise UsageError(f"{program} gave no API key (status {done.returncode})"
                          + (f": {said}" if said else ""))
     return key
 
@@ -2581,7 +2611,7 @@ def run_config_init(options, terminal):
     refuse_dry_run(options)
     if not terminal.is_typed_at():
         raise UsageError("config init asks at a terminal: without one use xeroctl config add")
-    known = read_config(config_path(os.environ)).deployments
+    known, options.context = read_config(config_path(os.environ)).deployments, None
 
     def check_new_name(text):
         if (text or "default") in known:
@@ -2908,16 +2938,23 @@ def filled(template, **parts):
 
 _BASH = r"""# Completion for bash; load it with: eval "$(xeroctl completion bash)"
 _xeroctl() {
-    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]}
-    local path= place name found= options=
+    local word=${COMP_WORDS[COMP_CWORD]}
+    local before= path= place name quoted found= options=
     COMPREPLY=()
-    if [[ $word == = ]]; then word=
-    elif [[ $before == = ]]; then before=${COMP_WORDS[COMP_CWORD-2]}; fi
+    if [[ ${COMP_WORDS[COMP_CWORD-1]} == *[\<\>]* ]]; then
+        compopt -o default 2>/dev/null
+        return
+    fi
+    [[ $word == = ]] && word=
     for ((place = 1; place < COMP_CWORD; place++)); do
         name=${COMP_WORDS[place]}
         case $name in
             @TAKING@)
-                [[ ${COMP_WORDS[place+1]} == = ]] && ((place++)); ((place++)) ;;
+                [[ ${COMP_WORDS[place+1]} == = ]] && ((place++)); ((place++))
+                while ((place < COMP_CWORD)) && [[ ${COMP_WORDS[place+1]} == [=:]* ]]; do
+                    ((place += 2))  # a value that bash splits
+                done
+                ((place >= COMP_CWORD)) && before=$name ;;
             *) case "$path $name" in @PATHS@) path+=" $name" ;; esac ;;
         esac
     done
@@ -2931,7 +2968,8 @@ _xeroctl() {
             [[ $word == -* ]] && found=$options ;;
     esac
     while IFS= read -r name; do
-        [[ $name && $name == "$word"* ]] && COMPREPLY+=("$name")
+        printf -v quoted %q "$name"
+        [[ $name && ( $name == "$word"* || $quoted == "$word"* ) ]] && COMPREPLY+=("$quoted")
     done <<< "$found"
 }
 complete -F _xeroctl xeroctl
@@ -2943,8 +2981,9 @@ def bash_completion(tree):
         return "$'" + r"\n".join(words) + "'"
 
     def found(word):
-        return {"FILE": 'compopt -o filenames 2>/dev/null; found=$(compgen -f -- "$word")',
-                "CONTEXT": 'found=$("$1" config list -o text 2>/dev/null | cut -f 1)',
+        return {"FILE": 'compopt -o default 2>/dev/null && return; '
+                        'found=$(compgen -f -- "$word")',  # bash 3.2 has no compopt
+                "CONTEXT": 'found=$(xeroctl config list -o text 2>/dev/null | cut -f 1)',
                 }.get(word.metavar, word.value and "found=" + lines(word.value))
 
     taking = {"|".join(option.names): found(option) for _, _, options, _ in tree
@@ -2975,7 +3014,7 @@ if [[ $funcstack[1] == _xeroctl ]]; then _xeroctl "$@"; else compdef _xeroctl xe
 
 _ZSH_FUNCTION = r"""@NAME@() {
     local line state
-    _arguments -C \
+    _arguments -s -C \
 @SPECS@
     [[ $state == below ]] && case $line[1] in
 @CASES@
@@ -3046,7 +3085,8 @@ def fish_completion(tree):
         return "'" + re.sub(r"(['\\])", r"\\\1", text) + "'"
 
     def value(word):
-        return {"FILE": "-r -F", "CONTEXT": "-x -a '(xeroctl config list -o text | cut -f 1)'"}.get(
+        contexts = "(xeroctl config list -o text 2>/dev/null | cut -f 1)"
+        return {"FILE": "-r -F", "CONTEXT": f"-x -a '{contexts}'"}.get(
             word.metavar, "-x -a " + quoted(" ".join(word.value)) if word.value else "-x")
 
     lines, taking = [], set()

@@ -1,0 +1,29 @@
+"""The first run: nothing is set up, and the tool names the ways out."""
+
+import re
+import shlex
+
+import pytest
+
+COMMANDS = [
+    ("chat", "-m", "hi"), ("chat", "--endpoint", "x", "-m", "hi"), ("models",), ("completions",), ("status",),
+]
+
+
+@pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
+def test_with_nothing_set_up_one_line_names_the_three_ways_out(run, args):
+    result = run(*args)
+    assert (result.status, result.stderr.count(b"\n")) == (2, 1)
+    for way in (b"xeroctl config init", b"XEROTIER_BASE_URL", b"XEROTIER_API_KEY", b"--demo"):
+        assert way in result.stderr
+    assert result.stdout == b"" or args[0] == "status"
+
+
+def test_the_way_out_that_needs_nothing_works_as_it_is_written(run):
+    words = shlex.split(re.search(r"xeroctl (chat --demo .*)", run("models").stderr.decode()).group(1))
+    result = run(*words)
+    assert (result.status, b"Hello" in result.stdout) == (0, True)
+
+
+def test_without_a_command_the_line_names_the_help(run):
+    assert run() == (2, b"", b"xeroctl: no command: see xeroctl --help\n")
