@@ -365,7 +365,7 @@ def resolve_settings(options, environ, config, fetch_key):
 
 def masked(key):
     """Return what may be shown of an API key: its last four characters, of a long one."""
-    return "****" + (key[-4:] if len(key) >= 2 * MIN_REDACTED_CHARACTERS else "")
+    return key and "****" + (key[-4:] if len(key) >= 2 * MIN_REDACTED_CHARACTERS else "")
 
 # -- Config edits -----------------------------------------------------------------------------
 
@@ -2388,7 +2388,8 @@ def open_settings(options, terminal, endpoint_needed=True):
             if options.api_key == "-":
                 raise UsageError("--api-key - is for config add alone")
             config = read_config(config_path(os.environ))
-            kept_key = (lambda deployment: "-") if options.dry_run else fetch_key  # it is not shown
+            unused = options.dry_run or endpoint_needed and not options.endpoint
+            kept_key = (lambda deployment: "-") if unused else fetch_key
             settings = resolve_settings(options, os.environ, config, kept_key)
         if endpoint_needed and not settings.endpoint:
             raise UsageError("no endpoint: give --endpoint SLUG, or --demo to try without one")

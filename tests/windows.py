@@ -13,15 +13,20 @@ import subprocess
 import sys
 import types
 
-MODULES = ["curses", "fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"]
+MODULES = ["curses", "fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"]
 SIGNALS = ["SIGABRT", "SIGBREAK", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"]
 STDIN = sys.stdin  # whose end would close what lies beneath it
 FUNCTIONS = [
     "alarm", "chown", "ctermid", "fchmod", "fchown", "fork", "forkpty", "getegid", "geteuid", "getgid", "getgroups",
-    "getlogin", "getpgid", "getpgrp", "getsid", "getuid", "killpg", "lchown", "lockf", "mkfifo", "mknod", "nice", "openpty",
-    "pause", "pipe2", "pread", "pwrite", "setgid", "setitimer", "setpgid", "setsid", "setuid", "siginterrupt", "sigwait",
-    "statvfs", "sysconf", "tcgetpgrp", "tcsetpgrp", "ttyname", "uname",
+    "getpgid", "getpgrp", "getsid", "getuid", "killpg", "lchown", "lockf", "mkfifo", "mknod", "nice", "openpty",
+    "pause", "pipe2", "pread", "pwrite", "setgid", "setitimer", "setpgid", "setsid", "setuid", "siginterrupt",
+    "sigwait", "statvfs", "sysconf", "tcgetpgrp", "tcsetpgrp", "ttyname", "uname",
 ]
+
+
+def expanduser(path):
+    """Return *path* with the user's folder for ~; no list of users is asked."""
+    return os.environ["HOME"] + path[1:] if path[:1] == "~" and path[1:2] in ("", "/", "\\") else path
 
 
 def become_windows():
@@ -41,7 +46,7 @@ def become_windows():
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(STDIN.buffer, "cp1252")
     sys.stdout, sys.stderr = (io.TextIOWrapper(stream.buffer, "cp1252", line_buffering=True)
                               for stream in (sys.stdout, sys.stderr))
-    os.name = "nt"
+    os.name, os.path.expanduser = "nt", expanduser
 
 
 if __name__ == "__main__":
