@@ -504,7 +504,7 @@ def build_stored_request(method, settings, path="", query=(), body=None):
 
     url = endpoint_url(settings.base_url, settings.endpoint, CHAT_PATH + path)
     if query:
-        url += ("&" if "?" in url else "?") + urlencode(query)
+        url += ("&" if "?" in url else "?") + urlencode(query, errors="replace")
     return build_request(method, url, settings, body)
 
 def redacted(text, api_key):
@@ -922,12 +922,17 @@ def footer_line(reply):
     rate = tokens / max(reply.seconds, 1e-9)
     return f"-- {mark}{tokens} tokens in {reply.seconds:.1f}s ({mark}{rate:.1f} tok/s)"
 
-def cut(text, columns):
-    """Return as much of *text* as fits into *columns* of a terminal."""
+def columns_of(text):
+    """Return how many columns of a terminal *text* takes."""
     from unicodedata import combining, east_asian_width
 
+    return sum(0 if combining(character) else 2 if east_asian_width(character) in "WF" else 1
+               for character in text)
+
+def cut(text, columns):
+    """Return as much of *text* as fits into *columns* of a terminal."""
     for place, character in enumerate(text):
-        columns -= 0 if combining(character) else 2 if east_asian_width(character) in "WF" else 1
+        columns -= columns_of(character)
         if columns < 0:
             return text[:place]
     return text
@@ -1714,8 +1719,9 @@ def show_rows(names, rows, terminal):
     rows = [[" ".join(printable(cell).split()) for cell in row] for row in rows]
     if terminal.out.is_terminal:
         rows.insert(0, [name.upper() for name in names])
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        widths = [max(map(columns_of, column)) for column in zip(*rows)]
+        lines = ["  ".join(cell + " " * (width - columns_of(cell))
+                           for cell, width in zip(row, widths)).rstrip() for row in rows]
         lines = [cut(line, terminal.out.width()) for line in lines]
     else:
         lines = ["\t".join(row) for row in rows]
@@ -1965,7 +1971,7 @@ def practice_answer(method, target, body, stored):
         time.sleep(PRACTICE_FIRST_TOKEN_SECONDS)
         return 200, practice_completion(body, stored)
     if path == CHAT_PATH:
-        return 200, [practice_list(dict(parse_qsl(query)), stored)]
+        return 200, [practice_list(dict(parse_qsl(query, keep_blank_values=True)), stored)]
     if path == "/models":
         return 200, [{"object": "list", "data": [{"id": "practice", "object": "model"}]}]
     if name not in stored or part not in ("", "messages"):
@@ -2478,11 +2484,11 @@ def run_models(options, terminal):
     """Show the ids of the models behind an endpoint."""
     with open_settings(options, terminal) as settings:
         document = fetch(models_request(settings), settings, terminal)
+    models = listed(document, "models")
     if terminal.json:
         show_json(document, terminal)
     else:
-        show_rows(("id",), [(field(model, "id", str) or "",) for model in
-                            listed(document, "models")], terminal)
+        show_rows(("id",), [(field(model, "id", str) or "",) for model in models], terminal)
     return EXIT_OK
 
 def refuse_dry_run(options):
@@ -2603,9 +2609,11 @@ def asked(read, question, check, terminal):
 
 def confirmed(question, terminal):
     """Tell whether a person says yes."""
-    with contextlib.suppress(EOFError):
+    try:
         return terminal.read_line(question + " [y/N] ").strip().lower() in ("y", "yes")
-    return False
+    except EOFError:  # which leaves the cursor behind the question
+        terminal.say("")
+        return False
 
 def run_config_init(options, terminal):
     """Ask for a deployment, see whether its address answers, and add it."""
@@ -2636,8 +2644,9 @@ def run_config_init(options, terminal):
         except XeroctlError as error:
             terminal.error(error)
             if not confirmed("Keep it all the same?", terminal):
-                raise EOFError from error
+                raise UsageError("nothing was written") from error
     except EOFError:
+        terminal.say("")
         raise UsageError("nothing was written") from None
     add_deployment(name, options.base_url, options.api_key, terminal)
     terminal.notice("next: xeroctl chat --endpoint SLUG -m Hello")
@@ -2670,6 +2679,7 @@ class Steps:
         seconds = time.monotonic() - self._since
         self.done.append(dict({"step": name, "ok": True, "seconds": round(seconds, 4)}, **facts))
         if not self._terminal.json:
+            sentence = " ".join(printable(sentence).split())
             self._terminal.answer(f"{name:<13}  {seconds:7.3f} s  {sentence}\n")
         self._since = time.monotonic()
 
@@ -2716,7 +2726,7 @@ def check_models(request, settings, trace, steps, terminal):
             models = listed(receive(request, settings, trace), "models")
     except (AuthError, RefusedError) as error:
         # It may be that this key, or this server, answers nothing but chats.
-        if error.status == 401 or error.status == 403 and not settings.endpoint:
+        if error.status not in (404, 405) and (error.status != 403 or not settings.endpoint):
             raise
         steps.add("authorisation", f"not known: {error}", ok=None, message=str(error))
     else:
@@ -2767,6 +2777,8 @@ def run_status(options, terminal):
                 check_completion(settings, terminal.trace, steps, terminal)
             else:
                 terminal.notice("to try a completion too, give --endpoint SLUG")
+    except OutputError:
+        raise
     except XeroctlError as error:
         steps.fail(error)
         failure = error
@@ -2825,8 +2837,9 @@ def run_completions_list(options, terminal):
         show_json(document, terminal)
     else:
         show_rows(COMPLETION_COLUMNS, map(completion_row, completions), terminal)
-    if has_more(document) and completions:
-        terminal.notice(f"there are more: add --after {field(completions[-1], 'id', str)}")
+    last = field(completions[-1], "id", str) if completions else None
+    if has_more(document) and last:
+        terminal.notice(f"there are more: add --after {last}")
     return EXIT_OK
 
 def run_completions_get(options, terminal):
@@ -2844,16 +2857,19 @@ def run_completions_get(options, terminal):
 
 def fetch_messages(name, settings, terminal):
     """Return all messages of the stored completion *name*, page by page, and its answer."""
-    messages, after, query = [], None, []
+    messages, seen, query = [], set(), []
     while True:
         request = build_stored_request("GET", settings, f"/{name}/messages", query)
         document = fetch(request, settings, terminal)
         page = listed(document, "messages")
-        messages += page
         last = field(page[-1], "id", str) if page else None
-        if not has_more(document) or last in (None, after):
+        if last in seen:  # a server that knows no pages
             break
-        after, query = last, [("after", last)]
+        messages += page
+        if not has_more(document) or last is None:
+            break
+        seen.add(last)
+        query = [("after", last)]
     if messages and messages[-1].get("role") != "assistant":  # some servers keep it apart
         request = build_stored_request("GET", settings, "/" + name)
         messages.append(message_of(fetch(request, settings, terminal)))
@@ -2867,7 +2883,7 @@ def run_completions_messages(options, terminal):
         show_json({"object": "list", "data": messages}, terminal)
     else:
         terminal.answer("\n".join(
-            f"{field(message, 'role', str)}: "
+            f"{field(message, 'role', str) or 'unknown'}: "
             + whole_text(content_text(message)).rstrip("\n") + "\n" for message in messages))
     return EXIT_OK
 
@@ -3159,10 +3175,10 @@ def plain(text):
     return text
 
 def slug(text):
-    """Return *text* if it is an endpoint's name, which cannot climb out of its place in a path."""
+    """Return *text* if it is an endpoint's name or an id, which stays in its place in a path."""
     if not re.match(r"[A-Za-z0-9._-]+\Z", text) or not text.strip("."):
         raise argparse.ArgumentTypeError(
-            f"an endpoint is named by letters, digits, '.', '_' and '-', not {text!r}")
+            f"it consists of letters, digits, '.', '_' and '-', not {text!r}")
     return text
 
 def number(low, high, convert=float):
@@ -3225,7 +3241,7 @@ def name_and_text(text):
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"not NAME=VALUE: {text!r}")
-    return plain(name), typed_text(value)
+    return plain(typed_text(name)), typed_text(value)
 
 def add_target(parser):
     """Add the options that say which endpoint is asked."""

@@ -174,11 +174,6 @@ def test_options_stand_before_or_after_the_verb(together, server):
     assert {request.headers["authorization"] for request in server.requests} == {"Bearer " + KEY}
 
 
-def test_tags_before_the_verb_and_after_it_add_up(ask):
-    result = ask("completions", "--metadata", "a=1", "list", "--metadata", "b=2", "--dry-run")
-    assert (result.status, b"?metadata%5Ba%5D=1&metadata%5Bb%5D=2'" in result.stdout) == (0, True)
-
-
 def test_bytes_that_are_no_text_are_replaced(ask, server):
     server.script(ANYTHING)
     assert ask("completions", "--model", b"m\xff", "--metadata", b"n\xff=v\xff") == (0, b"", b"")

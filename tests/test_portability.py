@@ -14,7 +14,7 @@ import pytest
 import windows
 from conftest import XEROCTL
 from loopback import DONE, USAGE, Gate, Hold, chunk, completion, json_response, sse, stream, stream_head
-from terminal import screen
+from terminal import Terminal, screen
 
 HELLO = json_response(completion())
 HEL = stream_head() + sse(chunk("Hel"))
@@ -162,6 +162,15 @@ def test_the_practice_endpoint_answers(run):
     assert (result.status, result.stderr, b"Hi" in result.stdout) == (0, b"", True)
 
 
+def test_the_other_commands_run(start, server):
+    server.always(json_response({"object": "list", "data": [{"id": "m-1", "object": "model"}], "has_more": False}))
+    commands = ["models --endpoint e", "completions --endpoint e", "status", "completion bash", "help chat"]
+    children = [start(*words.split(), "-q", "--base-url", server.url + "/v1") for words in commands]
+    results = [child.finish() for child in children]
+    assert [(result.status, result.stderr) for result in results] == [(0, b"")] * len(commands)
+    assert [b"m-1" in result.stdout for result in results] == [True, True, False, False, False]
+
+
 # -- Failures --------------------------------------------------------
 
 
@@ -239,6 +248,13 @@ def test_a_chat_is_held_at_a_console(talk, server, env, tmp_path):
             "héllo", "/save kept.json", "/load kept.json", "two", "three\nlines"]
 
 
+def test_the_end_of_the_input_leaves_the_line_of_the_prompt(talk):
+    child = talk()
+    child.send("\x04")
+    assert child.finish() == 0
+    assert screen(child.output)[-1] == "tokens: 0 prompt, 0 completion; messages: 0"
+
+
 def test_quit_ends_a_chat_at_a_console(talk):
     child = talk("-q")
     child.send("/quit\r")
@@ -262,6 +278,17 @@ def test_an_editor_writes_a_message(talk, server, tmp_path):
     enter(child, "/edit", "Hello!")
     assert said(server, 1) == [("user", "one\ntwö")]
     assert sorted(os.listdir(str(tmp_path))) == ["home", "my-ed"]
+
+
+def test_a_line_comes_back_with_up_as_it_was_typed_in_any_encoding(interpreter, env, server):
+    server.always(answer())
+    tool = [interpreter, str(XEROCTL), *options(server, "-i")]
+    with Terminal(tool, {**env, "PYTHONIOENCODING": "latin-1"}) as child:
+        for keys in ("héllo\r", "\x1b[A\r", "\x04"):
+            child.expect("> ")
+            child.send(keys)
+        assert child.finish() == 0
+    assert said(server, 2)[-1] == said(server, 1)[-1]
 
 
 # -- Settings --------------------------------------------------------

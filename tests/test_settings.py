@@ -189,7 +189,7 @@ def test_anything_else_is_no_slug(start):
     for slug, child in zip(slugs, children):
         result = child.finish()
         assert (result.status, result.stdout, result.stderr.count(b"\n")) == (2, b"", 1), slug
-        assert b"argument --endpoint: an endpoint is named by letters, digits, '.', '_' and '-', not " in result.stderr
+        assert b"argument --endpoint: it consists of letters, digits, '.', '_' and '-', not " in result.stderr
 
 
 # -- Keys ------------------------------------------------------------
