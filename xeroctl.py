@@ -2675,6 +2675,11 @@ class Steps:
         place = STATUS_STEPS.index(self.done[-1]["step"]) + 1 if self.done else 0
         self._end(STATUS_STEPS[place], "failed", {"ok": False, "message": str(error)})
 
+    def finish(self, good):
+        """Show the object, *good* or not."""
+        if self._terminal.json:
+            show_json({"ok": good, "steps": self.done}, self._terminal)
+
     def _end(self, name, sentence, facts):
         seconds = time.monotonic() - self._since
         self.done.append(dict({"step": name, "ok": True, "seconds": round(seconds, 4)}, **facts))
@@ -2762,7 +2767,6 @@ def run_status(options, terminal):
             if name == "connection" and settings.base_url.startswith("http:"):
                 steps.add("tls", "none: the address is http://", version=None)
 
-    failure = None
     try:
         with open_settings(options, terminal, endpoint_needed=False) as settings:
             request = models_request(settings)
@@ -2781,11 +2785,9 @@ def run_status(options, terminal):
         raise
     except XeroctlError as error:
         steps.fail(error)
-        failure = error
-    if terminal.json:
-        show_json({"ok": failure is None, "steps": steps.done}, terminal)
-    if failure:
-        raise failure
+        steps.finish(False)
+        raise
+    steps.finish(True)
     return EXIT_OK
 
 # -- Completions ------------------------------------------------------------------------------
@@ -2899,13 +2901,12 @@ def run_completions_update(options, terminal):
 
 def run_completions_delete(options, terminal):
     """Delete stored completions, once a person says yes; report each failure and go on."""
-    status = EXIT_OK
-    if not options.yes and not options.dry_run:
-        if not terminal.is_typed_at():
-            raise UsageError("delete asks at a terminal: without one give --yes")
-        if not confirmed(f"Delete {', '.join(options.id)}?", terminal):
-            raise UsageError("nothing was deleted")
+    status, asks = EXIT_OK, not options.yes and not options.dry_run
+    if asks and not terminal.is_typed_at():
+        raise UsageError("delete asks at a terminal: without one give --yes")
     with open_settings(options, terminal) as settings:
+        if asks and not confirmed(f"Delete {', '.join(options.id)}?", terminal):
+            raise UsageError("nothing was deleted")
         for name in options.id:
             try:
                 document = fetch(build_stored_request("DELETE", settings, "/" + name), settings,
