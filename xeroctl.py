@@ -47,7 +47,7 @@ from collections import namedtuple
 
 # -- Constants --------------------------------------------------------------------------------
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -3020,7 +3020,7 @@ def bash_completion(tree):
         FREE="|".join(names for names, offered in taking.items() if not offered))
 
 _ZSH = r"""#compdef xeroctl
-# Completion for zsh; load it with: source <(xeroctl completion zsh)
+# Completion for zsh; load it with: eval "$(xeroctl completion zsh)"
 _xeroctl_contexts() {
     local -a names
     names=(${(f)"$(xeroctl config list -o text 2>/dev/null | cut -f 1)"})

@@ -401,3 +401,9 @@ def test_the_first_command_of_the_readme_does_what_it_says(run):
     result = run(*shlex.split(first)[2:])
     assert (result.status, b"Hello" in result.stdout) == (0, True)
     assert re.fullmatch(rb"-- \d+ tokens in [\d.]+s \([\d.]+ tok/s\)\n", result.stderr)
+
+
+def test_the_changes_begin_with_this_version_and_go_back_in_time(xeroctl):
+    versions = re.findall(r"^### (\d+)\.(\d+)\.(\d+), (20\d\d-[01]\d-[0-3]\d)$", GUIDE.partition("\n## Changes\n")[2], re.MULTILINE)
+    assert ".".join(versions[0][:3]) == xeroctl.__version__
+    assert versions == sorted(versions, key=lambda version: (list(map(int, version[:3])), version[3]), reverse=True)
