@@ -79,6 +79,7 @@ MAX_EVENT_BYTES = MAX_REPLY_BYTES = 64 * 1024 * 1024
 MAX_HEAD_LINES = 1000
 READ_BYTES = 64 * 1024
 MAX_HISTORY_ENTRIES = 1000
+MAX_PAGES = 1000
 MIN_REDACTED_CHARACTERS = 8
 
 ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
@@ -253,6 +254,8 @@ def check_base_url(url):
     """Return *url* without trailing slashes; raise UsageError where it is no usable base URL."""
     from urllib.parse import urlsplit
 
+    if re.match(r"[^/]*//[^/]*@", url):
+        raise UsageError("a base URL holds no user or password: use --api-key")
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -260,9 +263,7 @@ def check_base_url(url):
         usable = False
     if not usable or not re.match(r"[!-~]+\Z", url) or "#" in url:
         raise UsageError(f"not a base URL: {url!r}: one is https://api.xerotier.ai/PROJECT/v1")
-    if "@" in parts.netloc:
-        raise UsageError("a base URL holds no user or password: use --api-key")
-    if parts.query and not parts.path.endswith(CHAT_PATH):
+    if "?" in url and not parts.path.endswith(CHAT_PATH):
         raise UsageError(f"not a base URL: {url!r}: only an address that ends in {CHAT_PATH} "
                          "may have a query")
     return url if parts.query else url.rstrip("/")
@@ -658,7 +659,7 @@ class ReplyBuilder:
         else:
             return Delta("", False)
         self.finish_reason = field(choice, "finish_reason", str) or self.finish_reason
-        message = field(choice, "delta", dict) or field(choice, "message", dict)
+        message = field(choice, "delta" if "delta" in choice else "message", dict)
         text = self._half + content_text(message)
         half = "\ud800" <= text[-1:] <= "\udbff" and not self.finish_reason
         self._half = text[-1:] if half else ""
@@ -753,7 +754,7 @@ def retry_after_seconds(headers, details):
     elif re.match(number, value.strip()):
         seconds = float(value)
     else:
-        with contextlib.suppress(TypeError, ValueError, OverflowError):  # no dates, or odd ones
+        with contextlib.suppress(Exception):  # no dates, or odd ones, on which old versions break
             seconds = mktime_tz(parsedate_tz(value)) - mktime_tz(parsedate_tz(headers.get("Date")))
     return max(0, min(seconds, MAX_NUMBER)) if seconds is not None else None
 
@@ -1013,9 +1014,9 @@ def write_private(path, text):
     """Write *text* to the file *path*, whole or not at all, for its owner alone (mode 0600)."""
     from tempfile import mkstemp
 
-    path = os.path.realpath(path)
     temporary = None
     try:
+        path = os.path.realpath(path)  # fails where the current folder is gone
         descriptor, temporary = mkstemp(dir=os.path.dirname(path), prefix=".xeroctl-")
         with os.fdopen(descriptor, "wb") as file:
             file.write(text.encode("utf-8", "replace"))
@@ -1099,7 +1100,7 @@ def append_history(path, entry):
 
     An entry is one line, a JSON string, since it may hold line ends.  Raise OSError.
     """
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    make_private_folder(os.path.dirname(path))
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
         with contextlib.suppress(ImportError):  # not POSIX
@@ -1186,8 +1187,8 @@ def connect_error(error, place, seconds):
     reason = getattr(error, "reason", None)
     if isinstance(error, socket.timeout):
         message = f"no connection to {place} within {seconds:g} s: see --connect-timeout"
-    elif isinstance(error, socket.gaierror):
-        message = f"unknown host: {place}: {error.strerror}"
+    elif isinstance(error, (socket.gaierror, UnicodeError)):
+        message = f"unknown host: {place}: {getattr(error, 'strerror', 'no host is named so')}"
     elif isinstance(error, ConnectionRefusedError):
         message = f"{place} refused the connection: is the server running?"
     elif reason == "WRONG_VERSION_NUMBER":
@@ -1259,6 +1260,10 @@ class _Watched:
             self._trace([f"* {version}, the certificate is good for {days} more days"],
                         tls={"version": version, "certificate_days": days})
         self.sock.settimeout(self._settings.timeout)
+
+    def _tunnel(self):
+        super()._tunnel()
+        self._place = self._tunnel_host  # which speaks from here on, through the proxy
 
     def _open(self, address, seconds, *unused):
         deadline = time.monotonic() + seconds
@@ -1433,9 +1438,16 @@ class Output:
         self.styled = not self.dumb and not environ.get("NO_COLOR")
         self._encoding = stream.encoding if self.is_terminal else "utf-8"
 
-    def write(self, text, errors="replace"):
+    def can_show(self, text):
+        """Tell whether the encoding has all of *text*."""
+        try:
+            return bool(text.encode(self._encoding)) or not text
+        except UnicodeEncodeError:
+            return False
+
+    def write(self, text):
         """Write *text* whole; raise OSError where that fails."""
-        data = text.encode(self._encoding, errors)
+        data = text.encode(self._encoding, "replace")
         while data:
             try:
                 data = data[self._send(data):]
@@ -1545,10 +1557,17 @@ class Terminal:
         """Tell whether a person types at standard input."""
         return self._stdin is not None and self._stdin.isatty()
 
+    def typed_encoding(self):
+        """Return the encoding of what is typed; where Python has ASCII for it, it is UTF-8."""
+        from codecs import lookup
+
+        encoding = lookup(self._stdin.encoding).name
+        return "utf-8" if encoding == "ascii" else encoding
+
     def read_line(self, prompt):
         """Return the next line typed, without its end; raise EOFError at the end of the input."""
         if self.out.is_terminal:
-            return input(prompt)
+            return self._typed(input, prompt)
         with contextlib.suppress(OSError):  # the prompt is no part of the answer
             self.err.write(prompt)
         return self.read_piped_line().decode("utf-8", "replace").rstrip("\n")
@@ -1557,8 +1576,14 @@ class Terminal:
         """Return a line that is typed without being shown, or the next one of a pipe."""
         if self.is_typed_at():
             from getpass import getpass
-            return getpass(prompt).strip()
+            return self._typed(getpass, prompt).strip()
         return self.read_piped_line().decode("utf-8", "replace").strip()
+
+    def _typed(self, read, prompt):
+        try:
+            return read(prompt)
+        except UnicodeDecodeError:
+            raise UsageError("what was typed is not UTF-8") from None
 
     def read_piped_line(self):
         """Return the bytes of the next line of standard input; raise EOFError at its end."""
@@ -1584,14 +1609,14 @@ class Terminal:
         self._spinner = Spinner(self.err, self.err.styled and not self.quiet)
         return self._spinner
 
-    def answer(self, text, errors="replace"):
+    def answer(self, text):
         """Write *text* to stdout, nothing in it driving a terminal.
 
         Raise BrokenPipeError where the reader has gone, OutputError for any other failure.
         """
         self._stop_spinner()
         try:
-            self.out.write(printable(text) if self.out.is_terminal else text, errors)
+            self.out.write(printable(text) if self.out.is_terminal else text)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -1705,8 +1730,10 @@ class JsonRenderer:
                 source = json.dumps(document, ensure_ascii=False, **layout)
         except RecursionError as error:
             raise ServerError("the reply is nested too deeply to print") from error
+        if not self._terminal.out.can_show(source):  # a lone surrogate no encoding has
+            source = re.sub("[^\x00-\x7f]+", lambda match: json.dumps(match.group())[1:-1], source)
         self.begun = True
-        self._terminal.answer(source + "\n", "backslashreplace")  # a lone surrogate as its escape
+        self._terminal.answer(source + "\n")
 
 def show_json(document, terminal):
     """Show *document* on stdout."""
@@ -1807,7 +1834,7 @@ def receive(request, settings, trace):
         if response.status == 204:
             return {}
         document = whole_document(response.chunks, response.through)
-        if isinstance(document, dict) and is_error(document):
+        if field(document, "error", (str, dict)) or field(document, "object", str) == "error":
             raise build_error(document, 200, response.headers, settings.api_key)
         return document
 
@@ -2065,10 +2092,11 @@ class LineEditor:
         self._history_path = history_path
         self._before, self._after = "", ""
         self.abandoned = ""  # what stood on the line when Ctrl+C ended it
+        self.ends_line = True  # at the end of the input, as readline does
         try:
             import readline
         except ImportError:
-            self._readline = None
+            self._readline, self.ends_line = None, False
             return
         self._readline = readline
         self._commands, self._matches = commands, []
@@ -2091,10 +2119,7 @@ class LineEditor:
 
     def read(self, prompt):
         """Return the next line; raise EOFError at the end of the input."""
-        try:
-            return typed_text(self._terminal.read_line(self._before + prompt + self._after))
-        except UnicodeDecodeError:
-            raise UsageError("what was typed is not UTF-8") from None
+        return typed_text(self._terminal.read_line(self._before + prompt + self._after))
 
     def remember(self, entry):
         """Put *entry* into the history, of this session and of those to come."""
@@ -2109,7 +2134,7 @@ class LineEditor:
 
     def _recall(self, entry):
         if self._readline:  # which wants no NUL, and in any locale takes bytes in disguise
-            data = entry.replace("\0", "").encode("utf-8", "replace")
+            data = entry.replace("\0", "").encode(self._terminal.typed_encoding(), "replace")
             self._readline.add_history(data.decode("ascii", "surrogateescape"))
 
     def _interrupt(self, number, frame):
@@ -2348,6 +2373,8 @@ def chat_loop(chat, first):
         except EOFError:
             if chat.typed_at and not chat.terminal.is_typed_at():  # the terminal was closed
                 raise Terminated(getattr(signal, "SIGHUP", signal.SIGTERM)) from None
+            if reading and chat.typed_at and not chat.editor.ends_line:
+                show(chat, "")
             break
         except KeyboardInterrupt:
             if not chat.typed_at:
@@ -2365,7 +2392,7 @@ def keep(chat):
     """Save a conversation that is about to be lost, and say where."""
     path = state_path(os.environ, time.strftime("recovered-%Y%m%d-%H%M%S-") + f"{os.getpid()}.json")
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        make_private_folder(os.path.dirname(path))
         save(chat, path)
     except (OSError, UsageError) as error:
         chat.terminal.say(f"xeroctl: the conversation is lost: {error}")
@@ -2397,9 +2424,9 @@ def open_settings(options, terminal, endpoint_needed=True):
             unused = options.dry_run or endpoint_needed and not options.endpoint
             kept_key = (lambda deployment: "-") if unused else fetch_key
             settings = resolve_settings(options, os.environ, config, kept_key)
+        terminal.json, terminal.secret = settings.output == "json", settings.api_key
         if endpoint_needed and not settings.endpoint:
             raise UsageError("no endpoint: give --endpoint SLUG, or --demo to try without one")
-        terminal.json, terminal.secret = settings.output == "json", settings.api_key
         for notice in settings.notices:
             terminal.notice(notice)
         yield settings
@@ -2507,8 +2534,12 @@ def key_note(deployment):
 
 def shown_deployment(deployment):
     """Return the fields of *deployment*, the key masked, dates as texts."""
-    fields = {name: masked(value) if name == "api_key" else value
-              for name, value in deployment.items()}
+    def shown(name, value):
+        if name not in KEY_PLACES[1:] and re.search("(?i)key|token|secret|password", name):
+            return masked(str(value))
+        return re.sub("//[^/]*@", "//****@", value) if isinstance(value, str) else value
+
+    fields = {name: shown(name, value) for name, value in deployment.items()}
     return json.loads(json.dumps(fields, default=str))
 
 def run_config_list(options, terminal):
@@ -2521,7 +2552,8 @@ def run_config_list(options, terminal):
             name: shown_deployment(found) for name, found in config.deployments.items()}}, terminal)
         return EXIT_OK
     show_rows(("name", "current", "base URL", "key"), [
-        (name, "*" * (name == config.current), found.get("base_url", ""), key_note(found))
+        (name, "*" * (name == config.current), shown_deployment(found).get("base_url", ""),
+         key_note(found))
         for name, found in config.deployments.items()], terminal)
     if not config.deployments:
         terminal.notice(f"no deployments in {config.path}: add one with: xeroctl config init")
@@ -2530,6 +2562,8 @@ def run_config_list(options, terminal):
 def run_config_show(options, terminal):
     """Show one deployment, the chosen one unless another is named."""
     config = read_config(config_path(os.environ))
+    for notice in config.notices:
+        terminal.notice(notice)
     name = options.name or options.context or os.environ.get(ENV_CONTEXT) or config.current
     if name is None:
         raise UsageError(f"no context is chosen: {config.path} has: {known_contexts(config)}")
@@ -2632,16 +2666,20 @@ def run_config_init(options, terminal):
         options.base_url = options.base_url or asked(
             terminal.read_line, "base URL, such as https://api.xerotier.ai/PROJECT/v1: ",
             check_base_url, terminal)
+        options.api_key = options.api_key if options.api_key != "-" else None
         options.api_key = options.api_key or asked(
             terminal.read_secret, "API key, not shown; Enter for none: ", check_api_key, terminal)
         settings = resolve_settings(options, {}, Config("", None, {}, []), fetch_key)
         terminal.secret = settings.api_key
+        for notice in settings.notices:
+            terminal.notice(notice)
         try:
-            with terminal.spinner():
-                receive(models_request(settings), settings, terminal.trace)
-        except (RefusedError, UsageError):
-            pass  # it answers; or only with an endpoint, which we have not, it could
-        except XeroctlError as error:
+            if "{endpoint}" not in settings.base_url:  # else there is nothing to ask yet
+                with terminal.spinner():
+                    receive(models_request(settings), settings, terminal.trace)
+        except RefusedError:
+            pass  # it answers
+        except (NetworkError, ServerError, AuthError, RateLimitError, CutShortError) as error:
             terminal.error(error)
             if not confirmed("Keep it all the same?", terminal):
                 raise UsageError("nothing was written") from error
@@ -2690,7 +2728,6 @@ class Steps:
 
 class Arrivals:
     """A renderer that shows nothing but keeps the monotonic times at which chunks came."""
-    begun = False
 
     def __init__(self):
         self.times = []
@@ -2762,9 +2799,9 @@ def run_status(options, terminal):
 
     def trace(lines, **facts):
         terminal.trace(lines)
-        for name, found in facts.items() if len(steps.done) < len(STATUS_STEPS) - 2 else ():
+        for name, found in facts.items():
             steps.add(name, lines[0][2:], **found)
-            if name == "connection" and settings.base_url.startswith("http:"):
+            if name == "connection" and origin(request.url)[0] == "http":
                 steps.add("tls", "none: the address is http://", version=None)
 
     try:
@@ -2865,10 +2902,12 @@ def fetch_messages(name, settings, terminal):
         document = fetch(request, settings, terminal)
         page = listed(document, "messages")
         last = field(page[-1], "id", str) if page else None
-        if last in seen:  # a server that knows no pages
+        if last not in seen:
+            messages += page
+        if not has_more(document):
             break
-        messages += page
-        if not has_more(document) or last is None:
+        if last is None or last in seen or len(seen) == MAX_PAGES:
+            terminal.notice("there may be more messages: the server does not page through them")
             break
         seen.add(last)
         query = [("after", last)]
@@ -3167,6 +3206,10 @@ class Parser(argparse.ArgumentParser):
         return [] if option_string.startswith("--") else super()._get_option_tuples(option_string)
 
     def error(self, message):
+        # The word may be a key, behind an option in front of the command where it does not belong.
+        message = re.sub(r"(?s)^argument COMMAND: invalid choice: .* \(choose from",
+                         "no such command, or an option of a command in front of it (choose from",
+                         message)
         raise UsageError(f"{message}: see {self.prog} --help")
 
 def plain(text):

@@ -45,17 +45,19 @@ VARIANTS = {  # name: options of the interpreter, variables where a test sets no
     "C": ([], {"LC_ALL": "C"}, None),
     "latin-1": ([], {"PYTHONIOENCODING": "latin-1"}, None),
 }
+SHOWN_ON_A_TERMINAL = (
+    "(stderr_in_a_pipe_is|cannot_drive_the_terminal|sends_drives_the_terminal|shows_models_under_a_header"
+    "|get_on_a_terminal_does_not|the_file_drives_a_terminal|shows_a_failure_below_its_step|columns_stay_in_line)")
 VARIANT_SKIPS = [  # variants, tests, why these cannot hold there; tests with the certificate fixture need TLS too
-    ("no-ssl", "tls|https|cacert|connecting|handshake", "needs TLS"),
+    ("no-ssl", "tls|https|cacert|certificate|tunnel|connecting|handshake", "needs TLS"),
     ("no-readline", "keys_of_the_manual|tab_completes|a_pasted_block|what_is_typed_is_utf8|colour_has_no_width"
      "|history_lasts|history_entry_of_many|history_that_cannot|wide_characters_in_a_narrow|is_back_with_up"
      "|comes_back_with_up|takes_the_question_back|keys_typed_during_a_reply|leaves_its_start_in_the_history",
      "needs readline"),
     ("isolated", "a_python_without_ssl_says|a_terminal_that_cannot_show_a_character", "sets variables of Python"),
-    ("latin-1", "wide_characters_in_a_narrow|history_entry_of_many|what_is_typed_is_utf8|a_pasted_block"
-     "|stderr_in_a_pipe_is|cannot_drive_the_terminal|sends_drives_the_terminal|a_terminal_that_cannot_show_a_character"
-     "|shows_models_under_a_header|get_on_a_terminal_does_not|the_file_drives_a_terminal|shows_a_failure_below_its_step",
-     "a terminal has the encoding of the variant"),
+    ("latin-1", SHOWN_ON_A_TERMINAL + "|wide_characters_in_a_narrow|history_entry_of_many|what_is_typed_is_utf8"
+     "|a_pasted_block|a_terminal_that_cannot_show_a_character", "a terminal has the encoding of the variant"),
+    ("C", SHOWN_ON_A_TERMINAL + r".*python3\.6", "a terminal has ASCII before Python 3.7"),
     ("C", "wide_characters_in_a_narrow", "this readline draws bytes"),
     (" ".join(VARIANTS), "a_user_without_a_name", "the shell of the variant drops the rights of root"),
     ("C latin-1 no-ssl no-readline", "test_run_builds_the_environment", "the variant is a variable"),

@@ -182,7 +182,7 @@ def take(xeroctl, chunks):
     """Return what `reading` returns, as the tool sees it: decoder, documents, errors, builder."""
     builder, whole = xeroctl.ReplyBuilder(), True
     try:
-        for document in xeroctl.stream_documents(iter(chunks)):
+        for document, _ in xeroctl.stream_documents(iter(chunks)):
             if xeroctl.is_error(document):
                 raise xeroctl.build_error(document, 200, {}, "xero_acme_secret")
             builder.add(document)

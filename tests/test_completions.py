@@ -218,7 +218,7 @@ WRONG = {
     ("list", "--metadata", "k\x1b=v"): "argument --metadata: ",
     ("update", "c1"): "nothing to change: give --metadata NAME=VALUE",
     ("delete", "c1"): "delete asks at a terminal: without one give --yes",
-    ("nope",): "argument COMMAND: invalid choice: 'nope'",
+    ("nope",): "no such command, or an option of a command in front of it (choose from ",
     ("get",): "the following arguments are required: ID",
 }
 
@@ -417,13 +417,16 @@ def test_pages_keep_the_query_of_the_base_url(run, server):
     assert targets(server)[1] == "/v1/chat/completions/c1/messages?x=1&after=m1"
 
 
+NO_MORE_PAGES = b"xeroctl: note: there may be more messages: the server does not page through them\n"
+
+
 @pytest.mark.parametrize("pages, said", [
     ([TALK[1:3]], ONE), ([TALK[1:3], TALK[3:]], ONE + b"\n" + TWO),
 ], ids=["one page", "two pages"])
 def test_pages_that_a_server_repeats_are_shown_once(ask, server, pages, said):
     turns = itertools.chain(pages * 3, itertools.repeat([]))
     server.always(Call(lambda sock: sock.sendall(listing(*next(turns), has_more=True))))
-    assert ask(*MESSAGES) == (0, said, b"")
+    assert ask(*MESSAGES) == (0, said, NO_MORE_PAGES)
     assert len(server.requests) <= len(pages) + 1
 
 
@@ -453,7 +456,7 @@ def test_an_answer_that_is_not_there_is_an_error(ask, server):
 
 def test_no_messages_are_nothing(ask, server):
     server.script(listing(has_more=True))
-    assert ask(*MESSAGES) == (0, b"", b"")
+    assert ask(*MESSAGES) == (0, b"", NO_MORE_PAGES)
 
 
 def test_messages_of_odd_shapes_are_shown_as_far_as_they_go(ask, server):

@@ -255,7 +255,8 @@ USAGE_ERRORS = [
     (["chat", "--endpoint", "e", "--nonsense"], "unknown argument --nonsense: see xeroctl chat --help"),
     (["chat", "--endpoint", "e", "extra"], "unknown argument extra, which no option takes (a message goes after -m): see xeroctl chat --help"),
     (["chat", "--endpoint", "e", "--temp", "1"], "unknown argument --temp: see xeroctl chat --help"),
-    (["nonsense"], "argument COMMAND: invalid choice: 'nonsense'"),
+    (["nonsense"], "no such command, or an option of a command in front of it (choose from "),
+    (["--apikey", "sk-secret-1234567890", "models"], "no such command, or an option of a command in front of it ("),
     (["chat", "--timeout", "x\x1b[31m"], "argument --timeout: not a number from 0.001 to 1000000: 'x\\x1b[31m'"),
 ]
 

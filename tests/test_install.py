@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from conftest import TOP, XEROCTL, changed
+from conftest import XEROCTL, changed
 from loopback import DONE, USAGE, chunk, completion, json_response, stream
 from terminal import Process
 
@@ -97,7 +97,8 @@ def zipapp(tmp_path, bin_folder):
 
 
 def entry_point(tmp_path, bin_folder):
-    code = f"import sys; sys.path.insert(0, {str(TOP)!r}); from xeroctl import main; sys.exit(main())"
+    folder = copied(tmp_path / "site-packages" / "xeroctl.py", 0o644).parent
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); from xeroctl import main; sys.exit(main())"
     return ["python3", "-c", code]
 
 
@@ -145,7 +146,7 @@ def tool(bin_folder):
 
 
 @pytest.mark.parametrize("home", ["/dev/null", "/proc/none"])
-def test_a_home_that_cannot_be_written_stops_no_chat(terminal, run, server, home):
+def test_a_home_that_cannot_be_written_stops_no_chat(terminal, server, home):
     server.always(ANSWER)
     child = terminal(*ask(server, "-i"), env={"HOME": home}, columns=200)
     for _ in range(2):
@@ -189,7 +190,7 @@ def unknown_user():
 
 
 def test_a_user_without_a_name_and_a_home_is_no_crash(command, env, server, unknown_user):
-    def run(*args, **options):
+    def run(*args):
         without = {name: value for name, value in env.items() if name != "HOME"}
         done = subprocess.run([*command(()), *args], env=without, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, preexec_fn=unknown_user)
@@ -232,7 +233,7 @@ def test_a_current_folder_that_is_gone_is_no_crash(launch, tmp_path, server):
 
     leaving = tmp_path / "leaving.py"
     leaving.write_text(LEAVING)
-    server.script(HELLO, ANSWER, HELLO)
+    server.script(HELLO, ANSWER)
     assert run(1, *ask(server, "-m", "Hi")) == (0, b"Hello!\n", b"")
     status, out, err = run(2, *ask(server, "-i", "-q"), stdin=b"one\n/save kept.json\n/load kept.json\n/tokens\n")
     assert (status, out, err.count(b"\n")) == (2, b"Hello!\n", 3)

@@ -280,17 +280,6 @@ def test_an_editor_writes_a_message(talk, server, tmp_path):
     assert sorted(os.listdir(str(tmp_path))) == ["home", "my-ed"]
 
 
-def test_a_line_comes_back_with_up_as_it_was_typed_in_any_encoding(interpreter, env, server):
-    server.always(answer())
-    tool = [interpreter, str(XEROCTL), *options(server, "-i")]
-    with Terminal(tool, {**env, "PYTHONIOENCODING": "latin-1"}) as child:
-        for keys in ("héllo\r", "\x1b[A\r", "\x04"):
-            child.expect("> ")
-            child.send(keys)
-        assert child.finish() == 0
-    assert said(server, 2)[-1] == said(server, 1)[-1]
-
-
 # -- Settings --------------------------------------------------------
 
 
@@ -368,6 +357,46 @@ def test_the_state_has_a_path_of_windows(on_windows):
 ])
 def test_a_file_name_of_windows_is_taken_as_it_is(on_windows, text, path):
     assert on_windows("native_path", text) == path
+
+
+# -- Other encodings -------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(request, interpreter, env):
+    """Start the tool on a terminal of this system, with another encoding, and return its Terminal."""
+    def elsewhere(encoding, *args):
+        child = Terminal([interpreter, str(XEROCTL), *args], {**env, "PYTHONIOENCODING": encoding})
+        request.addfinalizer(child.kill)
+        return child
+    return elsewhere
+
+
+def test_a_line_comes_back_with_up_as_it_was_typed(elsewhere, server):
+    server.always(answer())
+    child = elsewhere("latin-1", *options(server, "-i"))
+    for keys in ("héllo\r", "\x1b[A\r", "\x04"):
+        child.expect("> ")
+        child.send(keys)
+    assert child.finish() == 0
+    assert said(server, 2)[-1] == said(server, 1)[-1]
+
+
+def test_a_key_that_is_typed_and_no_text_is_an_error_of_one_line(elsewhere):
+    child = elsewhere("utf-8", "config", "add", "a", "--base-url", "http://127.0.0.1:1/v1", "--api-key", "-")
+    child.expect("shown: ")
+    child.send(b"xero_\xff\r")
+    assert child.finish() == 2
+    assert len(screen(child.output)) <= 2
+
+
+def test_a_reply_that_is_typed_and_no_text_is_asked_for_again(elsewhere):
+    child = elsewhere("utf-8:strict", "config", "init")
+    for keys in (b"\xff\r", b"\x04"):
+        child.expect("name [default]: ")
+        child.send(keys)
+    child.expect("nothing was written")
+    assert child.finish() == 2
 
 
 # -- The source ------------------------------------------------------
