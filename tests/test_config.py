@@ -1562,3 +1562,13 @@ def test_a_signal_ends_the_wait_for_a_program_and_the_program(start, home, progr
         assert child.finish(5) == (128 + number, b"", b"")
         assert select.select([reader], [], [], 10)[0] and os.read(reader, 20) == b""
         os.close(reader)
+
+
+def test_what_may_be_a_secret_is_masked_whatever_its_name(config, stored):
+    stored('current = "a"\n[deployment.a]\nbase_url = "https://ann:hunter22@h/v1"\n'
+           'api-key = "xero_acme_secret_0123"\nToken = "abc"\nnote = "shown"\n')
+    for verb in ("list", "show"):
+        for form in ("text", "json"):
+            status, out, _ = config(verb, "-o", form)
+            assert (status, b"hunter22" in out, b"secret_0123" in out, b"abc" in out) == (0, False, False, False)
+    assert b"note: shown\n" in config("show")[1]

@@ -281,3 +281,12 @@ def test_an_unknown_output_form_is_refused(run):
 def test_an_error_after_some_text_leaves_the_text_alone(chat, server):
     server.script(stream(chunk("Hel"), error("Out of memory."), DONE))
     assert chat("-m", "hi", "--stream") == (5, b"Hel\n", b"xeroctl: error in the reply: Out of memory.\n")
+
+
+@pytest.mark.parametrize("value", ["Apr 0 2002 12.34.56.78 GMT ,", "a, Apr . , . \x0b", "Mon, 99 Foo 2026 25:61:61 GMT"])
+@pytest.mark.parametrize("name", ["Retry-After", "Date"])
+def test_a_date_that_is_none_is_no_wait(chat, server, name, value):
+    headers = [("Retry-After", "Mon, 23 Nov 2026 10:00:00 GMT")] if name == "Date" else []
+    server.script(response(b"busy", "503 Busy", [*headers, (name, value)]))
+    result = chat("-m", "hi", "--retries", "0")
+    assert (result.status, result.stderr) == (5, b"xeroctl: HTTP 503: busy\n")

@@ -401,3 +401,14 @@ def test_the_small_reader_refuses_what_tomllib_refuses(xeroctl, text):
 def test_the_small_reader_refuses_loudly_what_it_cannot_read(xeroctl, text):
     with pytest.raises(ValueError, match="line 2"):
         xeroctl.parse_toml_subset("# one\n" + text)
+
+
+@pytest.mark.parametrize("url", ["ftp://user:hunter22@host/v1", "https://user:hunter22@host:99999/v1"])
+def test_a_password_in_a_refused_url_is_not_repeated(run, url):
+    result = run("chat", "--endpoint", "e", "-m", "hi", "--base-url", url)
+    assert (result.status, result.stderr) == (
+        2, b"xeroctl: a base URL holds no user or password: use --api-key\n")
+
+
+def test_an_empty_query_is_refused(run):
+    assert run(*DRY, "--base-url", "https://h/v1/?").status == 2

@@ -654,3 +654,9 @@ def test_a_terminal_shows_a_failure_below_its_step(terminal, server, url):
     assert child.finish() == 4
     shown = timeless("\n".join(screen(child.output, 200)).encode())
     assert shown == reached(url) + TAKEN + "completion # s  failed\nxeroctl: HTTP 400: too ␛[31mlong"
+
+
+def test_the_scheme_may_be_in_upper_case(run, server):
+    server.script(response(b"no", "401 Unauthorized"))
+    result = run("status", "--base-url", server.url.replace("http", "HTTP") + "/v1")
+    assert (result.status, result.stdout.split(b"\n")[-2].split()[0]) == (3, b"authorisation")

@@ -350,3 +350,10 @@ def test_memory_stays_flat_however_long_the_stream(run, server):
         return int(result.stderr)
 
     assert peak(100000) < peak(1000) + 2000
+
+
+def test_a_whole_message_in_the_last_chunk_is_not_shown_again(quiet):
+    last = chunk("", "stop")
+    last["choices"][0]["message"] = {"role": "assistant", "content": "Hello world"}
+    last["choices"][0]["delta"] = {}
+    assert quiet(stream(chunk("Hello "), chunk("world"), last, DONE)) == (0, b"Hello world\n", b"")
