@@ -86,7 +86,8 @@ def answers():
         "usage": {"prompt_tokens": 9, "completion_tokens": 60, "total_tokens": 69},
     }).encode()
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
-    built = {"single": head % len(whole) + whole}
+    built = {"single": head % len(whole) + whole,
+             "single, streamed": STREAM_HEAD + chunk("Hello! " * 30) + STREAM_END}  # for peers that only stream
     for count in STREAMS:
         body = b"".join(chunk("word%d " % (number % 1000)) for number in range(count))
         built["stream%d" % count] = STREAM_HEAD + body + STREAM_END
@@ -118,7 +119,8 @@ def serve_one(connection, built):
         if name == "clock":
             send_clock(connection)
         else:
-            connection.sendall(built[name])
+            streamed = name == "single" and b'"stream":true' in body.replace(b" ", b"")
+            connection.sendall(built[name + ", streamed" * streamed])
     except OSError:
         pass  # the reader ended
     connection.close()
@@ -136,6 +138,11 @@ def serve():
 
 
 # -- Measures --------------------------------------------------------
+
+
+def measure_start(argv, env):
+    """Return the seconds of a run of *argv*."""
+    return {"s": measure_process(argv, env)["s"]}
 
 
 def measure_process(argv, env):
@@ -221,7 +228,7 @@ def sides(options, folder, base):
 
     bare = {"import argparse": [python, "-c", "import argparse"], "pass": [python, "-c", "pass"]}
     for option in ("--version", "--help"):
-        yield option, measure_process, dict(bare, **ours(option))
+        yield option, measure_start, dict(bare, **ours(option))
     yield "one answer", measure_process, dict(
         {"floor": [python, floor, base % "single", "hi"]}, **chat("single"), **dict(peers("single")))
     for count in STREAMS:
