@@ -761,7 +761,7 @@ def retry_after_seconds(headers, details):
 _HINTS = {
     401: "check the API key",
     403: "this key may not do that: check its scopes",
-    404: "check --endpoint and the base URL",
+    404: f"check --endpoint and the base URL: without slugs it ends in {CHAT_PATH}",
     407: "the proxy wants a user and password: put them into its URL",
     429: "wait, or raise --retries",
 }
@@ -1179,13 +1179,19 @@ def resolve(host, port, seconds):
         raise answer[0]
     return answer[0]
 
-def connect_error(error, place, seconds):
-    """Return the NetworkError for *error*, raised while connecting to *place*."""
+def connect_error(error, place, seconds, reached):
+    """Return the NetworkError for *error*, raised while connecting to *place*.
+
+    *reached* says that it was raised after that, by TLS or a proxy.
+    """
     import socket
 
     # An SSLError has a reason; a certificate for another host is a ValueError before Python 3.7.
     reason = getattr(error, "reason", None)
-    if isinstance(error, socket.timeout):
+    if isinstance(error, socket.timeout) and reached:
+        message = (f"no TLS at {place} within {seconds:g} s: is it an http:// address? "
+                   "else see --connect-timeout")
+    elif isinstance(error, socket.timeout):
         message = f"no connection to {place} within {seconds:g} s: see --connect-timeout"
     elif isinstance(error, (socket.gaierror, UnicodeError)):
         message = f"unknown host: {place}: {getattr(error, 'strerror', 'no host is named so')}"
@@ -1245,13 +1251,13 @@ class _Watched:
     def __init__(self, host, place, settings, trace, **options):
         super().__init__(host, **options)
         self._place, self._settings, self._trace = place, settings, trace
-        self._create_connection = self._open
+        self._create_connection, self._reached = self._open, False
 
     def connect(self):
         try:
             super().connect()
         except (OSError, ValueError) as error:
-            raise connect_error(error, self._place, self.timeout) from error
+            raise connect_error(error, self._place, self.timeout, self._reached) from error
         if hasattr(self.sock, "getpeercert"):
             import ssl
 
@@ -1271,6 +1277,7 @@ class _Watched:
         addresses = list(dict.fromkeys(place[0] for *_, place in found))
         self._trace([f"* {address[0]} is {', '.join(addresses)}"], name={"addresses": addresses})
         connection = connected_socket(found, deadline)
+        self._reached = True
         self._trace(["* connected to " + self._place],
                     connection={"address": connection.getpeername()[0]})
         return connection
@@ -1749,7 +1756,9 @@ def show_rows(names, rows, terminal):
         widths = [max(map(columns_of, column)) for column in zip(*rows)]
         lines = ["  ".join(cell + " " * (width - columns_of(cell))
                            for cell, width in zip(row, widths)).rstrip() for row in rows]
-        lines = [cut(line, terminal.out.width()) for line in lines]
+        width = terminal.out.width()
+        lines = [cut(line, width - 1) + ">" if columns_of(line) > width else line
+                 for line in lines]
     else:
         lines = ["\t".join(row) for row in rows]
     terminal.answer("".join(line + "\n" for line in lines))
@@ -2521,7 +2530,7 @@ def run_models(options, terminal):
 def refuse_dry_run(options):
     """Raise UsageError for a dry run of a command that does more than send one request."""
     if options.dry_run:
-        raise UsageError(f"--dry-run does not go with {options.command}: it shows one request")
+        raise UsageError(f"--dry-run shows requests: {options.command} cannot be tried with it")
 
 # -- Config commands --------------------------------------------------------------------------
 
@@ -2551,11 +2560,12 @@ def run_config_list(options, terminal):
         show_json({"current": config.current, "deployment": {
             name: shown_deployment(found) for name, found in config.deployments.items()}}, terminal)
         return EXIT_OK
-    show_rows(("name", "current", "base URL", "key"), [
-        (name, "*" * (name == config.current), shown_deployment(found).get("base_url", ""),
-         key_note(found))
-        for name, found in config.deployments.items()], terminal)
-    if not config.deployments:
+    if config.deployments:
+        show_rows(("name", "current", "base URL", "key"), [
+            (name, "*" * (name == config.current), shown_deployment(found).get("base_url", ""),
+             key_note(found))
+            for name, found in config.deployments.items()], terminal)
+    else:
         terminal.notice(f"no deployments in {config.path}: add one with: xeroctl config init")
     return EXIT_OK
 
@@ -2619,6 +2629,9 @@ def run_config_use(options, terminal):
     find_deployment(config, options.name)
     write_config(config.path, options.name, config.deployments)
     terminal.notice(f"{options.name} is the current context")
+    for variable in (ENV_BASE_URL, ENV_API_KEY, ENV_CONTEXT):
+        if os.environ.get(variable):
+            terminal.notice(f"{variable} is set, and counts before it")
     return EXIT_OK
 
 def run_config_remove(options, terminal):
@@ -2687,7 +2700,7 @@ def run_config_init(options, terminal):
         terminal.say("")
         raise UsageError("nothing was written") from None
     add_deployment(name, options.base_url, options.api_key, terminal)
-    terminal.notice("next: xeroctl chat --endpoint SLUG -m Hello")
+    terminal.notice(f"next: xeroctl chat --context {name} --endpoint SLUG -m Hello")
     return EXIT_OK
 
 # -- Status -----------------------------------------------------------------------------------
@@ -2787,7 +2800,8 @@ def check_completion(settings, trace, steps, terminal):
     if reply.first_token_seconds is not None:
         sentence = f"first token after {reply.first_token_seconds:.3f} s, {sentence}"
     steps.add("completion", sentence, model=reply.model, chunks=len(arrivals.times),
-              arrivals=came, first_token_seconds=reply.first_token_seconds)
+              arrivals=came, first_token_seconds=reply.first_token_seconds
+              and round(reply.first_token_seconds, 4))
 
 def run_status(options, terminal):
     """Check a deployment step by step; the first failure ends it."""
@@ -3110,7 +3124,7 @@ def zsh_completion(tree):
             f"        {command}) {name}_{command} ;;" for command, _ in commands]))
     return filled(_ZSH, FUNCTIONS=functions)
 
-_FISH = r"""# Completion for fish; load it with: xeroctl completion fish | source
+_FISH = r"""# Completion for fish; save it as ~/.config/fish/completions/xeroctl.fish
 function __xeroctl_at
     set -l path
     set -l skip no

@@ -339,8 +339,9 @@ def test_a_terminal_shows_a_table_that_is_cut_to_its_width(terminal, server, tar
         "ID          CREATED               MODEL       TOKENS   METADATA",
         "c1          2026-01-01T00:00:00Z  test-model  12       k=" + "v" * 99,
         "chatcmpl-2  2026-01-01T00:00:00Z  test-model  1234567"]
-    assert shown(wide) == [line[:80] for line in expected]
-    assert shown(narrow, 40) == [line[:40].rstrip() for line in expected]
+    for child, columns in ((wide, 80), (narrow, 40)):
+        assert shown(child, columns) == [
+            line[:columns - 1] + ">" if len(line) > columns else line for line in expected]
 
 
 @pytest.mark.parametrize("names", [
@@ -354,7 +355,7 @@ def test_columns_stay_in_line_whatever_is_in_them(terminal, server, target, name
 
 def test_a_terminal_shows_models_under_a_header(terminal, server, target):
     server.always(listing({"id": "a"}, {"id": "日本\x1b[31m" * 9}, {"id": "b\nc"}))
-    assert shown(terminal("models", "-q", *target)) == ["ID", "a", "日本␛[31m" * 8 + "日本␛[31", "b c"]
+    assert shown(terminal("models", "-q", *target)) == ["ID", "a", "日本␛[31m" * 8 + "日本␛[3>", "b c"]
 
 
 # -- One completion --------------------------------------------------

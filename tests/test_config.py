@@ -920,11 +920,11 @@ REFUSED = [
     (["remove", "prod", "staging"], "unknown argument staging, which no option takes (a message goes after -m): see "
                                     "xeroctl config --help"),
     (["init"], "config init asks at a terminal: without one use xeroctl config add"),
-    (["init", "--dry-run"], "--dry-run does not go with config: it shows one request"),
-    ([*ADD, "--dry-run"], "--dry-run does not go with config: it shows one request"),
-    (["--dry-run", *ADD], "--dry-run does not go with config: it shows one request"),
-    (["use", "staging", "--dry-run"], "--dry-run does not go with config: it shows one request"),
-    (["remove", "staging", "--dry-run"], "--dry-run does not go with config: it shows one request"),
+    (["init", "--dry-run"], "--dry-run shows requests: config cannot be tried with it"),
+    ([*ADD, "--dry-run"], "--dry-run shows requests: config cannot be tried with it"),
+    (["--dry-run", *ADD], "--dry-run shows requests: config cannot be tried with it"),
+    (["use", "staging", "--dry-run"], "--dry-run shows requests: config cannot be tried with it"),
+    (["remove", "staging", "--dry-run"], "--dry-run shows requests: config cannot be tried with it"),
 ]
 
 
@@ -1231,7 +1231,7 @@ def test_init_asks_until_it_has_an_answer_and_checks_the_address(init, server):
         asks_url, "xeroctl: " + WRONG_URL % "", asks_url, "api.example/v1", "xeroctl: " + WRONG_URL % "api.example/v1",
         asks_url, url + "/", asks_key, "xeroctl: " + WRONG_KEY, asks_key,
         f"xeroctl: note: added prod to {path}: it is the current one",
-        "xeroctl: note: next: xeroctl chat --endpoint SLUG -m Hello"]).split()
+        "xeroctl: note: next: xeroctl chat --context prod --endpoint SLUG -m Hello"]).split()
 
 
 def test_init_asks_for_another_name_where_one_is_taken(init, server):
@@ -1348,7 +1348,7 @@ def test_init_takes_no_notice_of_a_context(init, server):
 
 
 def test_init_sees_what_cannot_work_before_it_asks(init):
-    children = [(init(content="broken"), b"broken TOML"), (init("--dry-run"), b"--dry-run does not go with config")]
+    children = [(init(content="broken"), b"broken TOML"), (init("--dry-run"), b"--dry-run shows requests: config")]
     for child, line in children:
         assert child.finish() == 2
         assert line in child.output and NAME.encode() not in child.output

@@ -51,7 +51,7 @@ CASES = {
                 status=403, code="scope_insufficient"),
     # Refused
     "404": refused("404 Not Found", error("No such project.", code="project_not_found", type="not_found"),
-                   "HTTP 404 (project_not_found) at URL/e/v1/chat/completions: No such project.: check --endpoint and the base URL",
+                   "HTTP 404 (project_not_found) at URL/e/v1/chat/completions: No such project.: check --endpoint and the base URL: without slugs it ends in /chat/completions",
                    code="project_not_found"),
     "422 FastAPI": refused("422 Unprocessable Entity", FASTAPI, "HTTP 422: body.temperature: Input should be less than 2; "
                            "body.messages.0.role: Field required"),
@@ -119,7 +119,7 @@ CASES = {
                       "error in the reply (overloaded, request req-1): Overloaded.", code="overloaded", request_id="req-1"),
     "200 error text": nonsense(b'{"error": "no"}', "error in the reply: no"),
     "200 error with a number": case(json_response(error(code=404)), 4, "refused",
-                                    "error in the reply: no: check --endpoint and the base URL"),
+                                    "error in the reply: no: check --endpoint and the base URL: without slugs it ends in /chat/completions"),
     "200 detail": nonsense(b'{"detail": "no"}', "error in the reply: no"),
     "HTTP/1.0": case(b'HTTP/1.0 400 Bad Request\r\n\r\n{"error": "no"}', 4, "refused", "HTTP 400: no", status=400),
 }

@@ -108,7 +108,8 @@ def test_a_connection_that_is_never_accepted_has_a_limit(run):
 
 def test_a_tls_handshake_that_never_comes_has_the_same_limit(run, server):
     server.script([BEFORE_REQUEST, Hold()])
-    line = f"xeroctl: no connection to 127.0.0.1:{server.port} within 0.3 s: see --connect-timeout\n"
+    line = (f"xeroctl: no TLS at 127.0.0.1:{server.port} within 0.3 s: is it an http:// address? "
+            "else see --connect-timeout\n")
     url = f"https://127.0.0.1:{server.port}/v1"
     assert run(*ask(url, "--connect-timeout", "0.3")) == (6, b"", line.encode())
 
