@@ -1590,7 +1590,7 @@ class Terminal:
         try:
             return read(prompt)
         except UnicodeDecodeError:
-            raise UsageError("what was typed is not UTF-8") from None
+            raise UsageError("what was typed is no text in the terminal's encoding") from None
 
     def read_piped_line(self):
         """Return the bytes of the next line of standard input; raise EOFError at its end."""
@@ -2101,15 +2101,15 @@ class LineEditor:
         self._history_path = history_path
         self._before, self._after = "", ""
         self.abandoned = ""  # what stood on the line when Ctrl+C ended it
-        self.ends_line = True  # at the end of the input, as readline does
+        self.ends_line = terminal.out.is_terminal  # at the end of the input, as readline does
         try:
             import readline
-        except ImportError:
+            readline.set_auto_history(False)
+        except (ImportError, AttributeError):  # PyPy's is another one
             self._readline, self.ends_line = None, False
             return
         self._readline = readline
         self._commands, self._matches = commands, []
-        readline.set_auto_history(False)
         readline.set_completer_delims("")  # a line is completed as a whole: file names have spaces
         readline.set_completer(self._complete)
         backend = getattr(readline, "backend", readline.__doc__ or "")  # an attribute since 3.13
@@ -3461,10 +3461,17 @@ def end_by_signal(number):
         os.kill(os.getpid(), number)
     return 128 + number
 
+def utf8_argument(text):
+    """Return the argument *text*, which Python decoded as its locale has it, read as UTF-8."""
+    try:
+        return os.fsencode(text).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # PyPy reads UTF-8 in the C locale, and does not write it
+        return text
+
 def main(argv=None):
     """Run one command line and return its exit status."""
     if argv is None:  # UTF-8 whatever the locale
-        argv = [os.fsencode(text).decode("utf-8", "surrogateescape") for text in sys.argv[1:]]
+        argv = list(map(utf8_argument, sys.argv[1:]))
     terminal = Terminal(sys.stdin, sys.stdout, sys.stderr, os.environ)
     try:
         for name in ENDING_SIGNALS:
