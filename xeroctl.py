@@ -1041,16 +1041,20 @@ def make_private_folder(path):
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
 
-def write_config(path, current, deployments):
-    """Give the config file *path* this *current* and these *deployments*; the rest stays."""
+def change_config(path, change):
+    """Give the config file *path* what *change* makes of its Config; return the new Config.
+
+    That is the name of the current deployment, or None, and the deployments; all else stays.
+    """
     mark, text = read_config_text(path)
-    edited = edited_config(text, path, current, deployments)
+    edited = edited_config(text, path, *change(parse_config(text, path)))
     folder = os.path.dirname(path)
     try:
         make_private_folder(folder)
     except OSError as error:
         raise UsageError(f"cannot make {folder}: {error.strerror}") from error
     write_private(path, mark + edited)
+    return parse_config(edited, path)
 
 def fetch_key(deployment):
     """Return the API key that the keychain or the command of *deployment* prints.
@@ -2596,17 +2600,19 @@ def run_config_path(options, terminal):
 
 def add_deployment(name, base_url, api_key, terminal):
     """Put a new deployment into the config file; the first one becomes the current one."""
-    config = read_config(config_path(os.environ))
-    if name in config.deployments:
-        raise UsageError(f"{name} is there already: remove it first, or edit {config.path}")
     values = {"base_url": check_base_url(base_url)}
     if api_key:
         values["api_key"] = check_api_key(api_key)
-    current = config.current or name
-    write_config(config.path, current, dict(config.deployments, **{name: values}))
-    terminal.notice(f"added {name} to {config.path}" + (
-        ": it is the current one" if current == name else f": choose it with --context {name}, or "
-        f"with: xeroctl config use {name}"))
+
+    def change(config):
+        if name in config.deployments:
+            raise UsageError(f"{name} is there already: remove it first, or edit {config.path}")
+        return config.current or name, dict(config.deployments, **{name: values})
+
+    config = change_config(config_path(os.environ), change)
+    how = "it is the current one" if config.current == name else (
+        f"choose it with --context {name}, or with: xeroctl config use {name}")
+    terminal.notice(f"added {name} to {config.path}: {how}")
 
 def run_config_add(options, terminal):
     """Add a deployment, its key from standard input for '-'."""
@@ -2625,9 +2631,12 @@ def run_config_add(options, terminal):
 def run_config_use(options, terminal):
     """Make a deployment the current one."""
     refuse_dry_run(options)
-    config = read_config(config_path(os.environ))
-    find_deployment(config, options.name)
-    write_config(config.path, options.name, config.deployments)
+
+    def change(config):
+        find_deployment(config, options.name)
+        return options.name, config.deployments
+
+    change_config(config_path(os.environ), change)
     terminal.notice(f"{options.name} is the current context")
     for variable in (ENV_BASE_URL, ENV_API_KEY, ENV_CONTEXT):
         if os.environ.get(variable):
@@ -2637,13 +2646,16 @@ def run_config_use(options, terminal):
 def run_config_remove(options, terminal):
     """Remove a deployment."""
     refuse_dry_run(options)
-    config = read_config(config_path(os.environ))
-    find_deployment(config, options.name)
-    left = {name: found for name, found in config.deployments.items() if name != options.name}
-    write_config(config.path, None if config.current == options.name else config.current, left)
+
+    def change(config):
+        find_deployment(config, options.name)
+        left = {name: found for name, found in config.deployments.items() if name != options.name}
+        return None if config.current == options.name else config.current, left
+
+    config = change_config(config_path(os.environ), change)
     terminal.notice(f"removed {options.name}" + (
-        ", which was the current one: choose another with: xeroctl config use CONTEXT"
-        if left and config.current == options.name else ""))
+        ": none is the current one now, choose one with: xeroctl config use CONTEXT"
+        if config.deployments and config.current is None else ""))
     return EXIT_OK
 
 def asked(read, question, check, terminal):

@@ -841,7 +841,7 @@ def test_use_and_remove_say_what_they_did(config, stored):
     path = stored(TWO)
     assert config("use", "staging") == (0, b"", b"xeroctl: note: staging is the current context\n")
     assert config("remove", "staging") == (
-        0, b"", b"xeroctl: note: removed staging, which was the current one: choose another with: "
+        0, b"", b"xeroctl: note: removed staging: none is the current one now, choose one with: "
                 b"xeroctl config use CONTEXT\n")
     assert path.read_text() == "\n".join(TWO.split("\n")[2:5] + [""])
     assert config("remove", "prod") == (0, b"", b"xeroctl: note: removed prod\n")
