@@ -270,7 +270,7 @@ def line_editor(xeroctl, tmp_path, monkeypatch):
 
     def line_editor(module, styled=True):
         monkeypatch.setitem(sys.modules, "readline", module)
-        terminal = SimpleNamespace(out=SimpleNamespace(styled=styled, dumb=False), read_line=lambda prompt: prompt)
+        terminal = SimpleNamespace(out=SimpleNamespace(is_terminal=True, styled=styled, dumb=False), read_line=lambda prompt: prompt)
         return xeroctl.LineEditor(terminal, str(tmp_path / "history"), xeroctl.CHAT_COMMANDS)
 
     yield line_editor
