@@ -1263,12 +1263,9 @@ class _Watched:
         except (OSError, ValueError) as error:
             raise connect_error(error, self._place, self.timeout, self._reached) from error
         if hasattr(self.sock, "getpeercert"):
-            import ssl
-
-            version, expiry = self.sock.version(), self.sock.getpeercert()["notAfter"]
-            days = int((ssl.cert_time_to_seconds(expiry) - time.time()) // (24 * 60 * 60))
-            self._trace([f"* {version}, the certificate is good for {days} more days"],
-                        tls={"version": version, "certificate_days": days})
+            version, expires = self.sock.version(), self.sock.getpeercert()["notAfter"]
+            self._trace([f"* {version}, the certificate is good until {expires}"],
+                        tls={"version": version, "certificate_expires": expires})
         self.sock.settimeout(self._settings.timeout)
 
     def _tunnel(self):
@@ -1452,9 +1449,10 @@ class Output:
     def can_show(self, text):
         """Tell whether the encoding has all of *text*."""
         try:
-            return bool(text.encode(self._encoding)) or not text
+            text.encode(self._encoding)
         except UnicodeEncodeError:
             return False
+        return True
 
     def write(self, text):
         """Write *text* whole; raise OSError where that fails."""
@@ -1883,11 +1881,14 @@ def pause(error, seconds, terminal):
         spinner.say(reason + ", trying again in", time.monotonic() + seconds)
         time.sleep(seconds)
 
-def retried(attempt, begun, settings, terminal):
+def retried(request, attempt, begun, settings, terminal):
     """Return what *attempt*, given a Spinner, returns; call it again after what may pass.
 
-    Once *begun* returns true there is no other try.
+    Once *begun* returns true there is no other try.  Raise Page, *request* as a curl line, for a
+    dry run.
     """
+    if settings.dry_run:
+        raise Page(curl_line(request, settings) + "\n")
     for count in itertools.count(1):
         try:
             with terminal.spinner() as spinner:
@@ -1899,34 +1900,25 @@ def retried(attempt, begun, settings, terminal):
             pause(error, retry_delay(count, error.retry_after, random()), terminal)
 
 def fetch(request, settings, terminal):
-    """Send *request* and return the JSON document that answers it; retry what may be retried.
-
-    Raise Page, a curl line, for a dry run.
-    """
-    if settings.dry_run:
-        raise Page(curl_line(request, settings) + "\n")
-
+    """Send *request* and return the JSON document that answers it; retry what may be retried."""
     def attempt(spinner):
         return receive(request, settings, terminal.trace)
 
-    return retried(attempt, lambda: False, settings, terminal)
+    return retried(request, attempt, lambda: False, settings, terminal)
 
 def ask(request, settings, terminal, renderer, builder):
     """Send *request*, show the answer through *renderer* as it comes, and return the Reply.
 
     What may be retried is, as long as no token came.  *builder* holds what arrived on a failure.
-    Raise Page, a curl line, for a dry run.
     """
-    if settings.dry_run:
-        raise Page(curl_line(request, settings) + "\n")
-
     def attempt(spinner):
         builder.forget()
         renderer.forget()
         return exchange(request, settings, terminal.trace, renderer, builder, spinner)
 
     try:
-        return retried(attempt, lambda: builder.begun or renderer.begun, settings, terminal)
+        return retried(request, attempt, lambda: builder.begun or renderer.begun, settings,
+                       terminal)
     except BaseException:
         if renderer.begun:
             with contextlib.suppress(OSError, OutputError):  # what happened first counts
@@ -2731,6 +2723,12 @@ class Steps:
 
     def add(self, name, sentence, **facts):
         """Take in the step *name*, which ended now, and what is known from it."""
+        if "certificate_expires" in facts:
+            from ssl import cert_time_to_seconds
+
+            left = cert_time_to_seconds(facts["certificate_expires"]) - time.time()
+            facts["certificate_days"] = int(left // (24 * 60 * 60))
+            sentence += f", {facts['certificate_days']} more days"
         self._end(name, sentence, facts)
 
     def fail(self, error):

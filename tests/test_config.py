@@ -1503,6 +1503,17 @@ def test_a_fetched_key_is_never_shown(ask, driver, server, programs):
     assert [request.headers["authorization"] for request in server.requests] == ["Bearer " + KEY] * 3
 
 
+@pytest.mark.parametrize("place", ["api_key_keychain", "api_key_command"])
+def test_no_program_is_run_for_a_key_that_goes_nowhere(ask, driver, programs, place):
+    for name in ("pass", "secret-tool", "security"):
+        programs.add(name, PRINTS_KEY)
+    status, out, err = ask(table(base_url="https://api.invalid/v1", **{place: "pass"}), "--dry-run")
+    assert (status, b"Bearer $XEROTIER_API_KEY" in out, err) == (0, True, b"")
+    status, out, err = driver.run("chat", "-m", "hi")
+    assert (status, out, err.startswith(b"xeroctl: no endpoint: ")) == (2, b"", True)
+    assert programs.runs() == []
+
+
 KEYCHAIN, COMMAND = {"api_key_keychain": "x"}, {"api_key_command": "pass x"}
 FAILURES = [
     (KEYCHAIN, f"echo {KEY}; echo one >&2; echo not found >&2; echo >&2; exit 44",

@@ -591,6 +591,41 @@ def test_tls_goes_through_the_tunnel(run, server, far_certificate):
     assert "proxy-authorization" not in seen[0].headers
 
 
+def test_behind_a_proxy_the_server_is_named_for_its_certificate(run, server, far_certificate):
+    def tunnel(sock):
+        sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        with contextlib.suppress(OSError):  # who does not trust us hangs up
+            context_for(far_certificate).wrap_socket(sock, server_side=True).close()
+
+    server.script([Call(tunnel)])
+    result = run(*ask("https://api.invalid/acme/v1"), env={"https_proxy": server.url})
+    assert (result.status, result.stdout) == (6, b"")
+    assert result.stderr.startswith(b"xeroctl: TLS with api.invalid failed: ")
+
+
+def test_verbose_tells_until_when_a_certificate_is_good(run, certificate):
+    with loopback.Server(tls_context=context_for(certificate)) as server:
+        server.script(HELLO)
+        result = run(*ask(server.url + "/v1"), "-v", "--cacert", str(certificate))
+    line = rb"^\* TLSv1\.[23], the certificate is good until [A-Z][a-z]{2} +\d+ \d\d:\d\d:\d\d 20\d\d GMT$"
+    assert (result.status, len(re.findall(line, result.stderr, re.MULTILINE))) == (0, 1)
+
+
+def test_no_date_is_worked_out_for_a_question(xeroctl, certificate, monkeypatch):
+    def unasked(text):
+        raise AssertionError("nobody asked how long the certificate is good")
+
+    monkeypatch.setattr(ssl, "cert_time_to_seconds", unasked)
+    with loopback.Server(tls_context=context_for(certificate)) as server:
+        server.script(HELLO)
+        arguments = [*ask(server.url + "/v1"), "--cacert", str(certificate), "-q"]
+        options = xeroctl.build_parser().parse_args(arguments)
+        config = xeroctl.Config("", None, {}, [])
+        settings = xeroctl.resolve_settings(options, {}, config, None)
+        request = xeroctl.build_request("GET", server.url + "/v1/models", settings)
+        assert xeroctl.receive(request, settings, lambda lines, **facts: None)["object"] == "chat.completion"
+
+
 @pytest.mark.parametrize("exceptions", ["api.invalid", ".invalid", "other.example,api.invalid", "*"])
 def test_no_proxy_names_the_exceptions(run, server, exceptions):
     result = run(*ask(FAR), env={"http_proxy": server.url, "no_proxy": exceptions})

@@ -387,7 +387,7 @@ def test_tls_tells_its_version_and_how_long_the_certificate_is_good(together, se
     url = secure.url + "/v1"
     command = ["--base-url", url, "--cacert", str(certificate)]
     text, as_json = together(command, [*command, *JSON])
-    line = r"tls # s  TLSv1\.[23], the certificate is good for [12] more days?\n"
+    line = r"tls # s  TLSv1\.[23], the certificate is good until \w{3} +\d+ \d\d:\d\d:\d\d 20\d\d GMT, [12] more days\n"
     said = timeless(text.stdout)
     assert (text.status, text.stderr) == (0, NOTE)
     assert re.fullmatch(re.escape(connected(url)) + line + re.escape(TAKEN), said)
