@@ -71,6 +71,7 @@ DEFAULT_INTERACTIVE_MAX_TOKENS = 4096
 DEMO_ENDPOINT = "demo"
 
 MAX_RETRY_DELAY_SECONDS = 60
+NAP_SECONDS = 0.25
 MAX_TIMEOUT_SECONDS = 1000000
 MAX_NUMBER = 2 ** 63 - 1
 MAX_ERROR_BYTES = 64 * 1024
@@ -1878,8 +1879,10 @@ def pause(error, seconds, terminal):
     if not terminal.err.styled:
         terminal.notice(f"{reason}, trying again in {seconds:.1f} s")
     with terminal.spinner() as spinner:
-        spinner.say(reason + ", trying again in", time.monotonic() + seconds)
-        time.sleep(seconds)
+        end = time.monotonic() + seconds
+        spinner.say(reason + ", trying again in", end)
+        while time.monotonic() < end:  # a signal just before a sleep is seen after it
+            time.sleep(max(0, min(NAP_SECONDS, end - time.monotonic())))
 
 def retried(request, attempt, begun, settings, terminal):
     """Return what *attempt*, given a Spinner, returns; call it again after what may pass.
