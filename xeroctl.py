@@ -71,7 +71,7 @@ DEFAULT_INTERACTIVE_MAX_TOKENS = 4096
 DEMO_ENDPOINT = "demo"
 
 MAX_RETRY_DELAY_SECONDS = 60
-NAP_SECONDS = 0.25
+HEARTBEAT_SECONDS = 0.25
 MAX_TIMEOUT_SECONDS = 1000000
 MAX_NUMBER = 2 ** 63 - 1
 MAX_ERROR_BYTES = 64 * 1024
@@ -1879,10 +1879,8 @@ def pause(error, seconds, terminal):
     if not terminal.err.styled:
         terminal.notice(f"{reason}, trying again in {seconds:.1f} s")
     with terminal.spinner() as spinner:
-        end = time.monotonic() + seconds
-        spinner.say(reason + ", trying again in", end)
-        while time.monotonic() < end:  # a signal just before a sleep is seen after it
-            time.sleep(max(0, min(NAP_SECONDS, end - time.monotonic())))
+        spinner.say(reason + ", trying again in", time.monotonic() + seconds)
+        time.sleep(seconds)
 
 def retried(request, attempt, begun, settings, terminal):
     """Return what *attempt*, given a Spinner, returns; call it again after what may pass.
@@ -3467,6 +3465,23 @@ def terminate(number, frame):
         signal.signal(getattr(signal, name, number), signal.SIG_IGN)
     raise Terminated(number)
 
+@contextlib.contextmanager
+def heartbeat():
+    """Let no wait outlast HEARTBEAT_SECONDS without a look for signals.
+
+    Python looks before it waits in the system, and again when that ends: a Ctrl+C in between,
+    or one that another thread was given, would not be seen until the server sends a byte.
+    """
+    ours = hasattr(signal, "setitimer") and not any(signal.getitimer(signal.ITIMER_REAL))
+    if ours:  # else a limit in time that our parent set, which outlives exec, or not POSIX
+        signal.signal(signal.SIGALRM, lambda number, frame: None)
+        signal.setitimer(signal.ITIMER_REAL, HEARTBEAT_SECONDS, HEARTBEAT_SECONDS)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
 def end_by_signal(number):
     """Die of signal *number*, so that a shell's loop around us ends too; else return its status."""
     if os.name == "posix":
@@ -3492,7 +3507,8 @@ def main(argv=None):
             if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(number, terminate)
         try:
-            return run(argv, terminal)
+            with heartbeat():
+                return run(argv, terminal)
         except Page as page:
             terminal.answer(str(page))
             return EXIT_OK

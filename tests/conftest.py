@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def pytest_addoption(parser):
         help="spawn the tool on this Python, 3.6 or later; may be repeated (default: the one that runs pytest)",
     )
     parser.addoption("--variant", choices=sorted(VARIANTS), help="spawn the tool in another way")
-    parser.addoption("--part", metavar="K/N", help="run every Nth test from the Kth on: the parts make up the whole")
+    parser.addoption("--part", metavar="K/N", help="run the Kth of N parts, which make up the whole")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -102,8 +103,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=f"{variant}: {reasons[0]}"))
     if config.getoption("--part"):
         number, count = map(int, config.getoption("--part").split("/"))
-        config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if place % count != number - 1])
-        items[:] = items[number - 1::count]
+        parts = {part: [] for part in range(1, count + 1)}
+        for item in items:  # by its name, so that a test is in the same part whatever else is selected
+            parts[zlib.crc32(item.nodeid.encode("utf-8", "replace")) % count + 1].append(item)
+        items[:] = parts.pop(number)
+        config.hook.pytest_deselected(items=sum(parts.values(), []))
 
 
 def pytest_configure(config):

@@ -1,9 +1,11 @@
 """The tool as a process: signals, streams that are closed or full, interpreters with parts missing, many at once."""
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
+import sys
 from threading import Event
 
 import pytest
@@ -123,6 +125,29 @@ def test_ctrl_c_ends_the_loop_around_it(interpreter, env, server):
         assert child.finish() == 130
     assert b"went on" not in child.output
     assert len(server.gone) == 1
+
+
+def test_a_ctrl_c_that_another_thread_is_given_is_seen(interpreter, env, server):
+    # It leaves the main thread in its wait, as does one that comes after Python's last look before the wait.
+    tell = getattr(ctypes.CDLL(None), "tgkill", None)
+    if not tell:
+        pytest.skip("the C library has no tgkill")
+    server.script([Hold()])
+    with Terminal([interpreter, str(XEROCTL), *ask(server)], dict(env, TERM="xterm")) as child:
+        child.expect("waiting")
+        number = child.process.pid
+        spinner, = {int(name) for name in os.listdir(f"/proc/{number}/task")} - {number}
+        assert tell(number, spinner, signal.SIGINT) == 0
+        assert child.finish(timeout=SOON_SECONDS) == 130
+    assert server.gone[0].wait(SOON_SECONDS)
+
+
+def test_an_alarm_of_the_parent_goes_off(started, interpreter, server):
+    server.script([Hold()])
+    child = started([sys.executable, "-c", "import os, signal, sys; signal.alarm(1); os.execv(sys.argv[1], sys.argv[1:])",
+                     interpreter, str(XEROCTL), *ask(server)])
+    assert child.finish().status == 128 + signal.SIGALRM
+    assert server.gone[0].wait(SOON_SECONDS)
 
 
 # -- Standard output -------------------------------------------------
