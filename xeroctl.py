@@ -1395,6 +1395,23 @@ def response_chunks(response, place, seconds):
         yield data
 
 @contextlib.contextmanager
+def heartbeat():
+    """Let no wait in the block outlast HEARTBEAT_SECONDS without a look for signals.
+
+    Python looks before it waits in the system, and again when that ends: a Ctrl+C in between,
+    or one that another thread was given, would not be seen until the server sends a byte.
+    """
+    ours = hasattr(signal, "setitimer") and not any(signal.getitimer(signal.ITIMER_REAL))
+    if ours:  # else a limit in time that our parent set, which outlives exec, or not POSIX
+        signal.signal(signal.SIGALRM, lambda number, frame: None)
+        signal.setitimer(signal.ITIMER_REAL, HEARTBEAT_SECONDS, HEARTBEAT_SECONDS)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+@contextlib.contextmanager
 def open_response(request, settings, trace):
     """Send *request*, yield the Response to it, and close the connection.
 
@@ -1413,12 +1430,13 @@ def open_response(request, settings, trace):
     if proxy:
         place = "the proxy " + proxy.netloc.rpartition("@")[2]
         through = " through " + place
-    try:
-        response = send_request(request, settings, place, proxy, trace)
-    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError: around an OSError
-        cause = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise exchange_error(cause, place, settings.timeout, False) from error
-    with response:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(heartbeat())
+        try:
+            response = stack.enter_context(send_request(request, settings, place, proxy, trace))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            raise exchange_error(cause, place, settings.timeout, False) from error
         version = {10: "1.0"}.get(response.version, "1.1")
         trace([f"< HTTP/{version} {response.status} {response.reason}"]
               + [f"< {name}: {value}" for name, value in response.headers.items()])
@@ -1878,7 +1896,7 @@ def pause(error, seconds, terminal):
     reason = str(error).partition(": ")[0]  # without the advice
     if not terminal.err.styled:
         terminal.notice(f"{reason}, trying again in {seconds:.1f} s")
-    with terminal.spinner() as spinner:
+    with terminal.spinner() as spinner, heartbeat():
         spinner.say(reason + ", trying again in", time.monotonic() + seconds)
         time.sleep(seconds)
 
@@ -3214,7 +3232,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, fills=(), **options):
         super().__init__(add_help=False, **options)
         self.color = False  # Python 3.14 would colour the help
-        self._fills = fills
+        self._fills, self._own_options = fills, self.add_argument_group("options")
+
+    def add_argument(self, *names, **options):
+        """Add an argument, an option to a group: outside, argparse tries its help out.
+
+        That takes 16 ms at each start of Python 3.14.
+        """
+        adder = self._own_options if names[0].startswith("-") else super()
+        return adder.add_argument(*names, **options)
 
     def filled(self):
         """Return the parser with all its options."""
@@ -3226,6 +3252,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """Parse as every parser does."""
         return super(Parser, self.filled()).parse_known_args(args, namespace)
+
+    def _check_help(self, action):  # of a command, for the same reason
+        pass
 
     def _get_option_tuples(self, option_string):  # allow_abbrev=False forbids -qv too before 3.8
         return [] if option_string.startswith("--") else super()._get_option_tuples(option_string)
@@ -3465,23 +3494,6 @@ def terminate(number, frame):
         signal.signal(getattr(signal, name, number), signal.SIG_IGN)
     raise Terminated(number)
 
-@contextlib.contextmanager
-def heartbeat():
-    """Let no wait outlast HEARTBEAT_SECONDS without a look for signals.
-
-    Python looks before it waits in the system, and again when that ends: a Ctrl+C in between,
-    or one that another thread was given, would not be seen until the server sends a byte.
-    """
-    ours = hasattr(signal, "setitimer") and not any(signal.getitimer(signal.ITIMER_REAL))
-    if ours:  # else a limit in time that our parent set, which outlives exec, or not POSIX
-        signal.signal(signal.SIGALRM, lambda number, frame: None)
-        signal.setitimer(signal.ITIMER_REAL, HEARTBEAT_SECONDS, HEARTBEAT_SECONDS)
-    try:
-        yield
-    finally:
-        if ours:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-
 def end_by_signal(number):
     """Die of signal *number*, so that a shell's loop around us ends too; else return its status."""
     if os.name == "posix":
@@ -3507,8 +3519,7 @@ def main(argv=None):
             if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(number, terminate)
         try:
-            with heartbeat():
-                return run(argv, terminal)
+            return run(argv, terminal)
         except Page as page:
             terminal.answer(str(page))
             return EXIT_OK

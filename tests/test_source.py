@@ -152,6 +152,8 @@ HEAVY = ["socket", "ssl", "http.client", "http.server", "urllib.request", "urlli
 REPORTING = f"""
 import sys
 import argparse, shutil  # which argparse asks for the width, and which has threading in its train on 3.8 and 3.9
+if "--help" in sys.argv:
+    argparse.ArgumentParser().format_help()  # has inspect in its train on 3.14
 before = set(sys.modules)
 sys.argv.pop(0)  # -c; the tool's path follows
 try:
