@@ -112,7 +112,7 @@ class OutputError(XeroctlError):
     kind = "output"
 
 class UsageError(XeroctlError):
-    """The options, the environment or the config file are wrong; nothing was sent."""
+    """The options, the environment, the config file or another file are wrong."""
     kind, exit_status = "usage", EXIT_USAGE
 
 class AuthError(XeroctlError):
@@ -2907,11 +2907,21 @@ def show_completion(completion, terminal):
     else:
         show_rows(COMPLETION_COLUMNS, [completion_row(completion)], terminal)
 
-def run_completions_list(options, terminal):
-    """List what is stored."""
+def list_query(options):
+    """Return the (name, value) pairs of a query for what the filters in *options* let through."""
     query = [(name, getattr(options, name)) for name in ("limit", "after", "order", "model")
              if getattr(options, name) is not None]
-    query += [(f"metadata[{name}]", value) for name, value in options.metadata]
+    tags = options.tags + options.more_tags
+    return query + [(f"metadata[{name}]", value) for name, value in tags]
+
+def refuse_filters(options):
+    """Raise UsageError for filters in front of a command that does not list."""
+    if list_query(options):
+        raise UsageError(f"--limit and the other filters go with list, not with {options.verb}")
+
+def run_completions_list(options, terminal):
+    """List what is stored."""
+    query = list_query(options)
     with open_settings(options, terminal) as settings:
         document = fetch(build_stored_request("GET", settings, "", query), settings, terminal)
     completions = listed(document, "completions")
@@ -2926,6 +2936,7 @@ def run_completions_list(options, terminal):
 
 def run_completions_get(options, terminal):
     """Show the answer of a stored completion."""
+    refuse_filters(options)
     with open_settings(options, terminal) as settings:
         request = build_stored_request("GET", settings, "/" + options.id)
         completion = fetch(request, settings, terminal)
@@ -2961,6 +2972,7 @@ def fetch_messages(name, settings, terminal):
 
 def run_completions_messages(options, terminal):
     """Show the conversation of a stored completion; with -o json in a form that /load reads."""
+    refuse_filters(options)
     with open_settings(options, terminal) as settings:
         messages = fetch_messages(options.id, settings, terminal)
     if terminal.json:
@@ -2973,6 +2985,7 @@ def run_completions_messages(options, terminal):
 
 def run_completions_update(options, terminal):
     """Give a stored completion other metadata."""
+    refuse_filters(options)
     if not options.metadata:
         raise UsageError("nothing to change: give --metadata NAME=VALUE")
     with open_settings(options, terminal) as settings:
@@ -2983,6 +2996,7 @@ def run_completions_update(options, terminal):
 
 def run_completions_delete(options, terminal):
     """Delete stored completions, once a person says yes; report each failure and go on."""
+    refuse_filters(options)
     status, asks = EXIT_OK, not options.yes and not options.dry_run
     if asks and not terminal.is_typed_at():
         raise UsageError("delete asks at a terminal: without one give --yes")
@@ -3348,10 +3362,10 @@ def add_target(parser):
     parser.add_argument("--demo", action="store_true", default=argparse.SUPPRESS,
                         help="ask a practice endpoint inside this process")
 
-def add_metadata(parser, summary):
-    """Add the option --metadata."""
+def add_metadata(parser, summary, name="metadata"):
+    """Add the option --metadata, whose pairs *name* holds."""
     parser.add_argument("--metadata", metavar="NAME=VALUE", type=name_and_text, action="append",
-                        default=argparse.SUPPRESS, help=summary + "; may be repeated")
+                        dest=name, default=argparse.SUPPRESS, help=summary + "; may be repeated")
 
 def add_chat(parser):
     """Add the options of chat."""
@@ -3381,8 +3395,8 @@ def add_chat(parser):
     add_metadata(parser, "tag for a completion that is kept")
     add("--show-usage", action="store_true", help="print token counts and the id on stderr")
 
-def add_filters(parser):
-    """Add the options that say which stored completions are listed."""
+def add_filters(parser, tags="tags"):
+    """Add the options that say which stored completions are listed; *tags* holds their tags."""
     def add(name, **options):
         parser.add_argument(name, default=argparse.SUPPRESS, **options)
 
@@ -3391,7 +3405,7 @@ def add_filters(parser):
     add("--order", metavar="ORDER", choices=("asc", "desc"),
         help="by time: asc, the oldest first, or desc")
     add("--model", metavar="NAME", type=plain, help="those of this model")
-    add_metadata(parser, "those with this tag")
+    add_metadata(parser, "those with this tag", tags)
 
 def argument(*names, **options):
     """Return a function that adds this argument to a parser."""
@@ -3410,7 +3424,7 @@ def add_completions(parser):
     one = argument("id", metavar="ID", type=slug, help="id of the completion")
     some = argument("id", metavar="ID", type=slug, nargs="+", help="ids of completions")
     add_command(below, "list", run_completions_list, "list completions; this is the default",
-                add_filters, add_target)
+                lambda parser: add_filters(parser, "more_tags"), add_target)
     add_command(below, "get", run_completions_get, "show the answer of a completion",
                 one, add_target)
     add_command(below, "messages", run_completions_messages,
@@ -3447,8 +3461,8 @@ def build_parser():
         command=None, parser=parser, base_url=None, api_key=None, context=None, output=None,
         cacert=None, connect_timeout=DEFAULT_CONNECT_TIMEOUT_SECONDS,
         timeout=DEFAULT_TIMEOUT_SECONDS, retries=DEFAULT_RETRIES, dry_run=False, quiet=False,
-        verbose=False, endpoint=None, demo=False, metadata=[], limit=None, after=None, order=None,
-        model=None)
+        verbose=False, endpoint=None, demo=False, metadata=[], tags=[], more_tags=[], limit=None,
+        after=None, order=None, model=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands",
                                      prog=parser.prog)
     add_command(commands, "chat", run_chat, "send a message to an endpoint and print the answer",

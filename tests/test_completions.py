@@ -108,6 +108,8 @@ REQUESTS = [
     (["completions", "list", "--metadata", "b=2 &=", "--metadata", "a é=", "--order", "asc", "--model", "m/1",
       "--after", "c-1", "--limit", "100"], "GET",
      STORED + "?limit=100&after=c-1&order=asc&model=m%2F1&metadata%5Bb%5D=2+%26%3D&metadata%5Ba+%C3%A9%5D=", None),
+    (["completions", "--limit", "7", "--metadata", "x=y", "list", "--limit", "9", "--metadata", "z="], "GET",
+     STORED + "?limit=9&metadata%5Bx%5D=y&metadata%5Bz%5D=", None),
     (["completions", "get", "chatcmpl-1_2.A"], "GET", STORED + "/chatcmpl-1_2.A", None),
     (["completions", "messages", "c1"], "GET", MESSAGES_OF, None),
     (["completions", "update", "c1", "--metadata", "b=2=", "--metadata", "a=it's é", "--metadata", "c="], "POST",
@@ -219,6 +221,10 @@ WRONG = {
     ("update", "c1"): "nothing to change: give --metadata NAME=VALUE",
     ("delete", "c1"): "delete asks at a terminal: without one give --yes",
     ("nope",): "no such command, or an option of a command in front of it (choose from ",
+    ("--limit", "1", "get", "c1"): "--limit and the other filters go with list, not with get",
+    ("--after", "c1", "messages", "c1"): "--limit and the other filters go with list, not with messages",
+    ("--metadata", "a=b", "update", "c1", "--metadata", "c=d"): "--limit and the other filters go with list, not with up",
+    ("--model", "m", "delete", "c1", "--yes"): "--limit and the other filters go with list, not with delete",
     ("get",): "the following arguments are required: ID",
 }
 
