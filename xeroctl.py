@@ -1337,33 +1337,25 @@ def send_request(request, settings, place, proxy, trace):
     import urllib.request
     from urllib.parse import unquote
 
-    headed = {"response_class": type("HeadedResponse", (_Headed, http.client.HTTPResponse), {})}
-    watched = {"place": place, "settings": settings, "trace": trace}
-
-    class Handler(urllib.request.AbstractHTTPHandler):
-        def http_open(self, outgoing):
-            connection = type("Connection", (_Watched, http.client.HTTPConnection), headed)
-            return self.do_open(connection, outgoing, **watched)
-
-        def https_open(self, outgoing):
-            context = tls_context(settings.cacert)  # first: without ssl there is no such connection
-            connection = type("Connection", (_Watched, http.client.HTTPSConnection), headed)
-            return self.do_open(connection, outgoing, context=context, **watched)
-
-        http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    # A director with this handler alone follows no redirect and raises for no status.
-    director = urllib.request.OpenerDirector()
-    director.add_handler(Handler())
     outgoing = urllib.request.Request(request.url, request.body, dict(request.headers),
                                       method=request.method)
+    outgoing.timeout = settings.connect_timeout
     if proxy:
         outgoing.set_proxy(proxy.netloc.rpartition("@")[2], "http")
         if proxy.username:
             pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
             outgoing.add_header("Proxy-Authorization",
                                 "Basic " + base64.b64encode(pair.encode()).decode())
-    return director.open(outgoing, timeout=settings.connect_timeout)
+    options = {"place": place, "settings": settings, "trace": trace}
+    if outgoing.type == "https":
+        options["context"] = tls_context(settings.cacert)  # first: without ssl there is no class
+        spoken = http.client.HTTPSConnection
+    else:
+        spoken = http.client.HTTPConnection
+    headed = type("HeadedResponse", (_Headed, http.client.HTTPResponse), {})
+    connection = type("Connection", (_Watched, spoken), {"response_class": headed})
+    # Without a director around it, the handler follows no redirect and raises for no status.
+    return urllib.request.AbstractHTTPHandler().do_open(connection, outgoing, **options)
 
 def inflated(chunks):
     """Yield the bytes of the gzip or zlib stream *chunks*, as they become known."""
