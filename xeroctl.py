@@ -161,7 +161,6 @@ Request = namedtuple("Request", "method url headers body streamed")
 Event = namedtuple("Event", "name data")
 Delta = namedtuple("Delta", "text reasoning")
 Usage = namedtuple("Usage", "prompt completion total cached reasoning")  # None: not told
-Reply = namedtuple("Reply", "text id model finish_reason usage chunks seconds first_token_seconds")
 Response = namedtuple("Response", "status headers chunks through")
 Totals = namedtuple("Totals", "prompt completion exact")
 ChatCommand = namedtuple("ChatCommand", "name argument run summary")
@@ -627,8 +626,8 @@ def parse_usage(usage):
               field(completion, "reasoning_tokens", int))
     return Usage(*(None if count is None or abs(count) > MAX_NUMBER else count for count in counts))
 
-class ReplyBuilder:
-    """Add up the chunks of a stream, or one whole reply, to a Reply.
+class Reply:
+    """An answer, added up from the chunks of a stream or taken from one whole document.
 
     It holds what arrived when the exchange fails or is interrupted in the middle.
     """
@@ -641,6 +640,7 @@ class ReplyBuilder:
         self.id = self.model = None
         self.usage = parse_usage(None)
         self.chunks = 0
+        self.seconds = self.first_token_seconds = None  # from sending the request
 
     def forget(self):
         """Drop all that came: the try that it came from failed."""
@@ -679,11 +679,6 @@ class ReplyBuilder:
     def text(self):
         """The text that arrived so far."""
         return self._text.decode("utf-8")
-
-    def reply(self, seconds, first_token_seconds):
-        """Return what arrived as a Reply that took *seconds*."""
-        return Reply(self.text, self.id, self.model, self.finish_reason, self.usage,
-                     self.chunks, seconds, first_token_seconds)
 
 def event_document(event):
     """Return the JSON document that *event* carries; raise ServerError where it is none.
@@ -1860,28 +1855,28 @@ def receive(request, settings, trace):
             raise build_error(document, 200, response.headers, settings.api_key)
         return document
 
-def exchange(request, settings, trace, renderer, builder, spinner):
-    """Send *request* once, show the answer as it comes, and return the Reply."""
-    sent, first_token_seconds = time.monotonic(), None
+def exchange(request, settings, trace, renderer, reply, spinner):
+    """Send *request* once, show the answer as it comes, and add it to *reply*."""
+    sent = time.monotonic()
     with open_response(request, settings, trace) as response:
         check_status(response, request, settings)
         try:
             for document, source in documents(response, request.streamed):
                 if is_error(document):
                     raise build_error(document, 200, response.headers, settings.api_key)
-                delta = builder.add(document)
-                if first_token_seconds is None and builder.begun:
-                    first_token_seconds = time.monotonic() - sent
+                delta = reply.add(document)
+                if reply.first_token_seconds is None and reply.begun:
+                    reply.first_token_seconds = time.monotonic() - sent
                 if delta.reasoning:
                     spinner.say("thinking")
                 renderer.show(document, source, delta.text)
         except (CutShortError, NetworkError):
-            if not builder.finish_reason:  # with one the answer is whole, however the wire broke
+            if not reply.finish_reason:  # with one the answer is whole, however the wire broke
                 raise
-    if not builder.begun and not builder.finish_reason:
+    if not reply.begun and not reply.finish_reason:
         raise ServerError("the reply holds no answer")
     renderer.finish()
-    return builder.reply(time.monotonic() - sent, first_token_seconds)
+    reply.seconds = time.monotonic() - sent
 
 def pause(error, seconds, terminal):
     """Wait *seconds* before another try, and let the user see that we do, and why."""
@@ -1917,19 +1912,18 @@ def fetch(request, settings, terminal):
 
     return retried(request, attempt, lambda: False, settings, terminal)
 
-def ask(request, settings, terminal, renderer, builder):
-    """Send *request*, show the answer through *renderer* as it comes, and return the Reply.
+def ask(request, settings, terminal, renderer, reply):
+    """Send *request*, show the answer through *renderer* as it comes, and add it to *reply*.
 
-    What may be retried is, as long as no token came.  *builder* holds what arrived on a failure.
+    What may be retried is, as long as no token came.
     """
     def attempt(spinner):
-        builder.forget()
+        reply.forget()
         renderer.forget()
-        return exchange(request, settings, terminal.trace, renderer, builder, spinner)
+        exchange(request, settings, terminal.trace, renderer, reply, spinner)
 
     try:
-        return retried(request, attempt, lambda: builder.begun or renderer.begun, settings,
-                       terminal)
+        retried(request, attempt, lambda: reply.begun or renderer.begun, settings, terminal)
     except BaseException:
         if renderer.begun:
             with contextlib.suppress(OSError, OutputError):  # what happened first counts
@@ -2187,31 +2181,32 @@ def send(chat, question, turns):
     """
     context = Conversation(chat.conversation.system, turns)
     request = build_chat_request(chat.sampling, chat.settings, context.messages(question), True)
-    builder, renderer = ReplyBuilder(), TextRenderer(chat.terminal, True)
-    reply, interrupted = None, False
+    reply, renderer = Reply(), TextRenderer(chat.terminal, True)
+    complete = interrupted = False
     replacing = len(turns) < len(chat.conversation.turns)
     try:
         if chat.typed_at:
             chat.terminal.set_echo(False)  # until the next prompt
-        reply = ask(request, chat.settings, chat.terminal, renderer, builder)
+        ask(request, chat.settings, chat.terminal, renderer, reply)
+        complete = True
     except KeyboardInterrupt:
         if not chat.typed_at:
             raise
         interrupted = True
-        if not builder.text:
+        if not reply.text:
             show(chat, "stopped: Up brings the question back")
     finally:
-        if builder.text.strip() and (reply or interrupted or not replacing):
-            chat.conversation.turns = context.turns + [(question, builder.text)]
+        if reply.text.strip() and (complete or interrupted or not replacing):
+            chat.conversation.turns = context.turns + [(question, reply.text)]
             chat.unsaved = True
-        usage = builder.usage
-        chat.model = chat.sampling.model or builder.model or chat.model
+        usage = reply.usage
+        chat.model = chat.sampling.model or reply.model or chat.model
         chat.totals = Totals(
             chat.totals.prompt + (usage.prompt or 0),
             chat.totals.completion
-            + (builder.chunks if usage.completion is None else usage.completion),
-            chat.totals.exact and (usage.completion is not None or not builder.begun))
-    if reply:
+            + (reply.chunks if usage.completion is None else usage.completion),
+            chat.totals.exact and (usage.completion is not None or not reply.begun))
+    if complete:
         report_reply(reply, True, chat.show_usage, chat.terminal)
 
 def save(chat, path):
@@ -2502,7 +2497,8 @@ def run_single(options, settings, terminal):
     messages = Conversation(system_prompt(options)).messages(first_message(options, terminal))
     request = build_chat_request(build_sampling(options), settings, messages, options.stream)
     renderer = (JsonRenderer if terminal.json else TextRenderer)(terminal, options.stream)
-    reply = ask(request, settings, terminal, renderer, ReplyBuilder())
+    reply = Reply()
+    ask(request, settings, terminal, renderer, reply)
     report_reply(reply, options.stream, options.show_usage, terminal)
     return EXIT_OK
 
@@ -2813,9 +2809,10 @@ def check_completion(settings, trace, steps, terminal):
     """See how a short completion is streamed."""
     sampling = Sampling(None, {"max_tokens": STATUS_MAX_TOKENS}, [])
     messages = Conversation().messages(STATUS_QUESTION)
-    request, arrivals = build_chat_request(sampling, settings, messages, True), Arrivals()
+    request = build_chat_request(sampling, settings, messages, True)
+    reply, arrivals = Reply(), Arrivals()
     with terminal.spinner() as spinner:
-        reply = exchange(request, settings, trace, arrivals, ReplyBuilder(), spinner)
+        exchange(request, settings, trace, arrivals, reply, spinner)
     came = arrivals.count()
     sentence = f"model {reply.model or 'not told'}, {pace(len(arrivals.times), came)}"
     if reply.first_token_seconds is not None:

@@ -179,20 +179,19 @@ def joined(text):
 
 
 def take(xeroctl, chunks):
-    """Return what `reading` returns, as the tool sees it: decoder, documents, errors, builder."""
-    builder, whole = xeroctl.ReplyBuilder(), True
+    """Return what `reading` returns, as the tool sees it: decoder, documents, errors, reply."""
+    reply, whole = xeroctl.Reply(), True
     try:
         for document, _ in xeroctl.stream_documents(iter(chunks)):
             if xeroctl.is_error(document):
                 raise xeroctl.build_error(document, 200, {}, "xero_acme_secret")
-            builder.add(document)
+            reply.add(document)
     except xeroctl.CutShortError:
-        whole = bool(builder.finish_reason)
+        whole = bool(reply.finish_reason)
     except xeroctl.XeroctlError as error:
         whole = False
         xeroctl.printable(str(error)).encode("utf-8", "replace")
-    builder.reply(1.0, None)
-    return builder.text, whole
+    return reply.text, whole
 
 
 def check(xeroctl, seed):

@@ -139,10 +139,9 @@ def choices(value):
     *({"id": value, "model": value} for value in ODD if value != "text"),
 ], ids=repr)
 def test_a_document_of_a_wrong_shape_adds_nothing(xeroctl, document):
-    builder = xeroctl.ReplyBuilder()
-    delta = builder.add(document)
-    reply = builder.reply(1.0, None)
-    assert (tuple(delta), reply.text, builder.begun, reply.finish_reason) == (("", False), "", False, None)
+    reply = xeroctl.Reply()
+    delta = reply.add(document)
+    assert (tuple(delta), reply.text, reply.begun, reply.finish_reason) == (("", False), "", False, None)
     assert (reply.id, reply.model, reply.chunks) == (None, None, 0)
     assert reply.usage is None or set(reply.usage) == {None}
 
@@ -171,10 +170,10 @@ def test_zero_tokens_are_a_number(xeroctl):
     ([chunk("\ud83d"), chunk("\ude00"), chunk("\ud83d!")], "😀\ufffd!", None),
 ], ids=str)
 def test_documents_add_up_to_a_reply(xeroctl, documents, text, reason):
-    builder = xeroctl.ReplyBuilder()
+    reply = xeroctl.Reply()
     for document in documents:
-        builder.add(document)
-    assert (builder.text, builder.finish_reason, builder.begun) == (text, reason, True)
+        reply.add(document)
+    assert (reply.text, reply.finish_reason, reply.begun) == (text, reason, True)
 
 
 # -- Random input ----------------------------------------------------
@@ -251,7 +250,7 @@ def check_error(xeroctl, error):
 
 def check_stream(xeroctl, data, headers):
     """Take the pieces *data* the way that the tool does, to the end or to an error of ours."""
-    decoder, builder = xeroctl.EventDecoder(), xeroctl.ReplyBuilder()
+    decoder, reply = xeroctl.EventDecoder(), xeroctl.Reply()
     try:
         for piece in data:
             for event in decoder.feed(piece):
@@ -260,10 +259,10 @@ def check_stream(xeroctl, data, headers):
                 document = xeroctl.event_document(event)
                 if xeroctl.is_error(document):
                     raise xeroctl.build_error(document, 200, headers, KEY)
-                builder.add(document)
+                reply.add(document)
     except xeroctl.XeroctlError as error:
         check_error(xeroctl, error)
-    reply = builder.reply(1.0, 0.5)
+    reply.seconds, reply.first_token_seconds = 1.0, 0.5
     reply.text.encode()
     lines = [xeroctl.footer_line(reply), xeroctl.finish_notice(reply) or "", str(xeroctl.usage_fields(reply, True))]
     xeroctl.printable("".join(lines)).encode("utf-8", "replace")
