@@ -1756,8 +1756,14 @@ def show_json(document, terminal):
     renderer.show(document, None, "")
     renderer.finish()
 
-def show_rows(names, rows, terminal):
-    """Show *rows* of texts: on a terminal as a table under *names*, else separated by tabs."""
+def show_rows(document, names, rows, terminal):
+    """Show *rows* of texts: on a terminal as a table under *names*, else separated by tabs.
+
+    With -o json show the *document* that they are from.
+    """
+    if terminal.json:
+        show_json(document, terminal)
+        return
     rows = [[" ".join(printable(cell).split()) for cell in row] for row in rows]
     if terminal.out.is_terminal:
         rows.insert(0, [name.upper() for name in names])
@@ -2523,11 +2529,8 @@ def run_models(options, terminal):
     """Show the ids of the models behind an endpoint."""
     with open_settings(options, terminal) as settings:
         document = fetch(models_request(settings), settings, terminal)
-    models = listed(document, "models")
-    if terminal.json:
-        show_json(document, terminal)
-    else:
-        show_rows(("id",), [(field(model, "id", str) or "",) for model in models], terminal)
+    ids = [(field(model, "id", str) or "",) for model in listed(document, "models")]
+    show_rows(document, ("id",), ids, terminal)
     return EXIT_OK
 
 def refuse_dry_run(options):
@@ -2559,15 +2562,12 @@ def run_config_list(options, terminal):
     config = read_config(config_path(os.environ))
     for notice in config.notices:
         terminal.notice(notice)
-    if terminal.json:
-        show_json({"current": config.current, "deployment": {
-            name: shown_deployment(found) for name, found in config.deployments.items()}}, terminal)
-        return EXIT_OK
-    if config.deployments:
-        show_rows(("name", "current", "base URL", "key"), [
-            (name, "*" * (name == config.current), shown_deployment(found).get("base_url", ""),
-             key_note(found))
-            for name, found in config.deployments.items()], terminal)
+    shown = {name: shown_deployment(found) for name, found in config.deployments.items()}
+    rows = [(name, "*" * (name == config.current), shown[name].get("base_url", ""), key_note(found))
+            for name, found in config.deployments.items()]
+    if rows or terminal.json:
+        show_rows({"current": config.current, "deployment": shown},
+                  ("name", "current", "base URL", "key"), rows, terminal)
     else:
         terminal.notice(f"no deployments in {config.path}: add one with: xeroctl config init")
     return EXIT_OK
@@ -2889,13 +2889,6 @@ def has_more(document):
     """Tell whether the list that the server answered with goes on."""
     return isinstance(document, dict) and document.get("has_more") is True
 
-def show_completion(completion, terminal):
-    """Show what a list tells of one stored completion, with -o json all that the server told."""
-    if terminal.json:
-        show_json(completion, terminal)
-    else:
-        show_rows(COMPLETION_COLUMNS, [completion_row(completion)], terminal)
-
 def list_query(options):
     """Return the (name, value) pairs of a query for what the filters in *options* let through."""
     query = [(name, getattr(options, name)) for name in ("limit", "after", "order", "model")
@@ -2914,10 +2907,7 @@ def run_completions_list(options, terminal):
     with open_settings(options, terminal) as settings:
         document = fetch(build_stored_request("GET", settings, "", query), settings, terminal)
     completions = listed(document, "completions")
-    if terminal.json:
-        show_json(document, terminal)
-    else:
-        show_rows(COMPLETION_COLUMNS, map(completion_row, completions), terminal)
+    show_rows(document, COMPLETION_COLUMNS, map(completion_row, completions), terminal)
     last = field(completions[-1], "id", str) if completions else None
     if has_more(document) and last:
         terminal.notice(f"there are more: add --after {last}")
@@ -2980,7 +2970,8 @@ def run_completions_update(options, terminal):
     with open_settings(options, terminal) as settings:
         request = build_stored_request("POST", settings, "/" + options.id,
                                        body={"metadata": dict(options.metadata)})
-        show_completion(fetch(request, settings, terminal), terminal)
+        completion = fetch(request, settings, terminal)
+    show_rows(completion, COMPLETION_COLUMNS, [completion_row(completion)], terminal)
     return EXIT_OK
 
 def run_completions_delete(options, terminal):
