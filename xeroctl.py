@@ -1644,12 +1644,13 @@ class Terminal:
         with contextlib.suppress(OSError):
             self.err.write(f"\x1b[2m{line}\x1b[0m\n" if dim and self.err.styled else line + "\n")
 
-    def notice(self, sentence):
-        """Tell the user something that is no failure, unless asked to be quiet."""
-        if self.json and not self.quiet:
-            self._say_object(kind="notice", message=sentence)
-        elif not self.quiet:
-            self.say("xeroctl: note: " + sentence)
+    def notice(self, *sentences):
+        """Tell the user what is no failure, a line each, unless asked to be quiet."""
+        for sentence in sentences if not self.quiet else ():
+            if self.json:
+                self._say_object(kind="notice", message=sentence)
+            else:
+                self.say("xeroctl: note: " + sentence)
 
     def error(self, error):
         """Report the XeroctlError *error* in one line, with -o json as an object."""
@@ -2444,8 +2445,7 @@ def open_settings(options, terminal, endpoint_needed=True):
         terminal.json, terminal.secret = settings.output == "json", settings.api_key
         if endpoint_needed and not settings.endpoint:
             raise UsageError("no endpoint: give --endpoint SLUG, or --demo to try without one")
-        for notice in settings.notices:
-            terminal.notice(notice)
+        terminal.notice(*settings.notices)
         yield settings
 
 def system_prompt(options):
@@ -2560,8 +2560,7 @@ def shown_deployment(deployment):
 def run_config_list(options, terminal):
     """Show the deployments, the current one marked."""
     config = read_config(config_path(os.environ))
-    for notice in config.notices:
-        terminal.notice(notice)
+    terminal.notice(*config.notices)
     shown = {name: shown_deployment(found) for name, found in config.deployments.items()}
     rows = [(name, "*" * (name == config.current), shown[name].get("base_url", ""), key_note(found))
             for name, found in config.deployments.items()]
@@ -2575,8 +2574,7 @@ def run_config_list(options, terminal):
 def run_config_show(options, terminal):
     """Show one deployment, the chosen one unless another is named."""
     config = read_config(config_path(os.environ))
-    for notice in config.notices:
-        terminal.notice(notice)
+    terminal.notice(*config.notices)
     name = options.name or options.context or os.environ.get(ENV_CONTEXT) or config.current
     if name is None:
         raise UsageError(f"no context is chosen: {config.path} has: {known_contexts(config)}")
@@ -2695,8 +2693,7 @@ def run_config_init(options, terminal):
             terminal.read_secret, "API key, not shown; Enter for none: ", check_api_key, terminal)
         settings = resolve_settings(options, {}, Config("", None, {}, []), fetch_key)
         terminal.secret = settings.api_key
-        for notice in settings.notices:
-            terminal.notice(notice)
+        terminal.notice(*settings.notices)
         try:
             if "{endpoint}" not in settings.base_url:  # else there is nothing to ask yet
                 with terminal.spinner():
