@@ -3284,17 +3284,22 @@ def number(low, high, convert=float):
         return value
     return parse
 
-def body_field(text):
-    """Return the (name, value) pair of NAME=VALUE, the value read as JSON where it is JSON."""
+def name_and_text(text):
+    """Return the (name, value) pair of NAME=VALUE, both texts."""
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"not NAME=VALUE: {text!r}")
+    return plain(typed_text(name)), typed_text(value)
+
+def body_field(text):
+    """Return the (name, value) pair of NAME=VALUE, the value read as JSON where it is JSON."""
+    name, value = name_and_text(text)
     if name in ("messages", "stream"):
         raise argparse.ArgumentTypeError(f"{name} cannot be set this way")
     try:
-        return plain(name), parse_json(value)
+        return name, parse_json(value)
     except ValueError:
-        return plain(name), typed_text(value)
+        return name, value
 
 def add_global_options(parser):
     """Add the options that every command takes, before its name or after it."""
@@ -3324,13 +3329,6 @@ def add_global_options(parser):
     add("--version", action=PageAction, nargs=0, const=f"xeroctl {__version__}\n",
         help="print the version and exit")
     add("-h", "--help", action=PageAction, nargs=0, help="print this help and exit")
-
-def name_and_text(text):
-    """Return the (name, value) pair of NAME=VALUE, both texts."""
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"not NAME=VALUE: {text!r}")
-    return plain(typed_text(name)), typed_text(value)
 
 def add_target(parser):
     """Add the options that say which endpoint is asked."""
