@@ -727,9 +727,8 @@ def is_error(document):
     return bool(document.get("object") == "error" or document.get("detail")
                 or field(document, "message", str))
 
-def error_code(document, status):
+def error_code(details, status):
     """Return the server's code for an error, else its type, where it says more than *status*."""
-    details = field(document, "error", dict) or document
     for name in ("code", "type"):
         code = field(details, name, (str, int))
         if code and str(code) not in (str(status), "None"):  # Python servers print a missing one
@@ -775,7 +774,7 @@ def build_error(document, status, headers, api_key, where=""):
     claimed = str(field(details, "code", (int, str)) or field(details, "status", (int, str)))
     effective = int(claimed) if status == 200 and re.match(r"[45]\d\d\Z", claimed) else status
     code, request_id = (word and redacted(word, api_key) for word in (
-        error_code(document, effective), headers.get("X-Request-ID")))
+        error_code(details, effective), headers.get("X-Request-ID")))
     place = f"HTTP {status}" if status != 200 else "error in the reply"
     named = ", ".join(filter(None, [code, request_id and "request " + request_id]))
     sentence = " ".join(redacted(error_sentence(document), api_key).split())[:MAX_ERROR_CHARACTERS]
