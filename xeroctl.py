@@ -143,11 +143,7 @@ class Page(Exception):
     """A text that was asked for in place of what a command does: help, version, a dry run."""
 
 class Terminated(BaseException):
-    """Signal *number* asked the process to end; it passes every handler of errors but main's."""
-
-    def __init__(self, number):
-        super().__init__(number)
-        self.number = number
+    """A signal, whose number it holds, asked us to end; it passes every handler but main's."""
 
 # -- Records ----------------------------------------------------------------------------------
 
@@ -3519,7 +3515,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return end_by_signal(signal.SIGINT)
     except Terminated as end:
-        return end_by_signal(end.number)
+        return end_by_signal(*end.args)
 
 if __name__ == "__main__":
     sys.exit(main())
