@@ -1555,7 +1555,7 @@ class Terminal:
         self.err = Output(stderr, environ)
         self.json = self.quiet = self.verbose = False
         self.secret = None  # never shown on stderr
-        self._spinner = None
+        self._spinner = Spinner(self.err, False)  # the last one
 
     def read_stdin(self, even_typed):
         """Return all of standard input, typed at a terminal only if *even_typed*; else None."""
@@ -1624,7 +1624,7 @@ class Terminal:
 
         Raise BrokenPipeError where the reader has gone, OutputError for any other failure.
         """
-        self._stop_spinner()
+        self._spinner.stop()
         try:
             self.out.write(printable(text) if self.out.is_terminal else text)
         except BrokenPipeError:
@@ -1634,7 +1634,7 @@ class Terminal:
 
     def say(self, line, dim=False):
         """Write *line* to stderr; where that cannot be done there is nobody to tell."""
-        self._stop_spinner()
+        self._spinner.stop()
         line = redacted(printable(line.replace("\n", " ")), self.secret)
         with contextlib.suppress(OSError):
             self.err.write(f"\x1b[2m{line}\x1b[0m\n" if dim and self.err.styled else line + "\n")
@@ -1670,11 +1670,6 @@ class Terminal:
     def _say_object(self, **fields):  # redacted before a key with a quote in it is escaped
         self.say(json.dumps({name: redacted(value, self.secret) if isinstance(value, str) else value
                              for name, value in fields.items()}))
-
-    def _stop_spinner(self):
-        if self._spinner:
-            self._spinner.stop()
-            self._spinner = None
 
 # -- Rendering --------------------------------------------------------------------------------
 
