@@ -2771,12 +2771,10 @@ def pace(chunks, arrivals):
 
 def settings_sentence(settings):
     """Return where each setting came from."""
-    parts = [f"base URL {settings.base_url} ({settings.sources['base_url']})"]
+    key = "no API key"
     if settings.api_key:
-        parts.append(f"API key {masked(settings.api_key)} ({settings.sources['api_key']})")
-    else:
-        parts.append("no API key")
-    return ", ".join(parts)
+        key = f"API key {masked(settings.api_key)} ({settings.sources['api_key']})"
+    return f"base URL {settings.base_url} ({settings.sources['base_url']}), {key}"
 
 def check_models(request, settings, trace, steps, terminal):
     """See who answers, and whether the key is taken, by asking for the models."""
@@ -2830,8 +2828,8 @@ def run_status(options, terminal):
             if settings.cacert:
                 tls_context(settings.cacert)
             steps.add("settings", settings_sentence(settings), base_url=settings.base_url,
-                      api_key=settings.api_key and masked(settings.api_key),
-                      endpoint=settings.endpoint, sources=settings.sources)
+                      api_key=masked(settings.api_key), endpoint=settings.endpoint,
+                      sources=settings.sources)
             check_models(request, settings, trace, steps, terminal)
             if settings.endpoint:
                 check_completion(settings, terminal.trace, steps, terminal)
