@@ -1005,22 +1005,21 @@ def write_private(path, text):
     """Write *text* to the file *path*, whole or not at all, for its owner alone (mode 0600)."""
     from tempfile import mkstemp
 
-    temporary = None
     try:
         path = os.path.realpath(path)  # fails where the current folder is gone
         descriptor, temporary = mkstemp(dir=os.path.dirname(path), prefix=".xeroctl-")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(text.encode("utf-8", "replace"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary:
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(text.encode("utf-8", "replace"))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise UsageError(f"cannot write {path}: {error.strerror}") from error
-        raise
+            raise
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 def make_private_folder(path):
     """Make the folder *path* and those above it that are missing, for its owner alone (mode 0700).
