@@ -952,21 +952,21 @@ def usage_fields(reply, streamed):
 
 # -- Files ------------------------------------------------------------------------------------
 
-def xdg_path(environ, variable, default, name):
-    """Return the path of xeroctl's file *name* (XDG Base Directory), which need not exist."""
-    folder = environ.get(variable) or ""
+def xdg_path(variable, default, name):
+    """Return the path of xeroctl's file *name* (XDG Base Directory)."""
+    folder = os.environ.get(variable) or ""
     if not os.path.isabs(folder):
         home = os.path.expanduser("~")  # as it stands where a user has no home at all
         folder = os.path.join(home if os.path.isabs(home) else "/nonexistent", default)
     return os.path.join(folder, "xeroctl", name)
 
-def config_path(environ):
-    """Return the path of the config file."""
-    return xdg_path(environ, "XDG_CONFIG_HOME", ".config", "config.toml")
+def config_path():
+    """Return the path of the config file, which need not exist."""
+    return xdg_path("XDG_CONFIG_HOME", ".config", "config.toml")
 
-def state_path(environ, name):
-    """Return the path of the file *name* that xeroctl itself keeps."""
-    return xdg_path(environ, "XDG_STATE_HOME", os.path.join(".local", "state"), name)
+def state_path(name):
+    """Return the path of the file *name* that xeroctl itself keeps, which need not exist."""
+    return xdg_path("XDG_STATE_HOME", os.path.join(".local", "state"), name)
 
 def native_path(text):
     """Return the file name *text* as this Python's functions for files want it in this locale."""
@@ -992,8 +992,9 @@ def read_config_text(path):
         raise UsageError(f"{path}: not UTF-8 (at line {line})") from error
     return text[:text.startswith("\ufeff")], text[text.startswith("\ufeff"):]
 
-def read_config(path):
-    """Return the Config in the file *path*, an empty one where there is none."""
+def read_config():
+    """Return the Config in the config file, an empty one where there is none."""
+    path = config_path()
     if not os.path.lexists(path):
         return Config(path, None, {}, [])
     config = parse_config(read_config_text(path)[1], path)
@@ -1031,11 +1032,12 @@ def make_private_folder(path):
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
 
-def change_config(path, change):
-    """Give the config file *path* what *change* makes of its Config; return the new Config.
+def change_config(change):
+    """Give the config file what *change* makes of its Config; return the new Config.
 
     That is the name of the current deployment, or None, and the deployments; all else stays.
     """
+    path = config_path()
     mark, text = read_config_text(path)
     edited = edited_config(text, path, *change(parse_config(text, path)))
     folder = os.path.dirname(path)
@@ -2159,8 +2161,8 @@ class Chat:
         self.sampling, self.settings, self.terminal = sampling, settings, terminal
         self.commands, self.conversation, self.show_usage = commands, conversation, show_usage
         self.typed_at = terminal.is_typed_at()
-        self.editor = LineEditor(
-            terminal, state_path(os.environ, "history"), commands) if self.typed_at else None
+        self.editor = (
+            LineEditor(terminal, state_path("history"), commands) if self.typed_at else None)
         self.model = sampling.model
         self.totals = Totals(0, 0, True)
         self.unsaved = False
@@ -2397,7 +2399,7 @@ def chat_loop(chat, first):
 
 def keep(chat):
     """Save a conversation that is about to be lost, and say where."""
-    path = state_path(os.environ, time.strftime("recovered-%Y%m%d-%H%M%S-") + f"{os.getpid()}.json")
+    path = state_path(time.strftime("recovered-%Y%m%d-%H%M%S-") + f"{os.getpid()}.json")
     try:
         make_private_folder(os.path.dirname(path))
         save(chat, path)
@@ -2427,10 +2429,9 @@ def open_settings(options, terminal, endpoint_needed=True):
         else:
             if options.api_key == "-":
                 raise UsageError("--api-key - is for config add alone")
-            config = read_config(config_path(os.environ))
             unused = options.dry_run or endpoint_needed and not options.endpoint
             kept_key = (lambda deployment: "-") if unused else fetch_key
-            settings = resolve_settings(options, os.environ, config, kept_key)
+            settings = resolve_settings(options, os.environ, read_config(), kept_key)
         terminal.json, terminal.secret = settings.output == "json", settings.api_key
         if endpoint_needed and not settings.endpoint:
             raise UsageError("no endpoint: give --endpoint SLUG, or --demo to try without one")
@@ -2548,7 +2549,7 @@ def shown_deployment(deployment):
 
 def run_config_list(options, terminal):
     """Show the deployments, the current one marked."""
-    config = read_config(config_path(os.environ))
+    config = read_config()
     terminal.notice(*config.notices)
     shown = {name: shown_deployment(found) for name, found in config.deployments.items()}
     rows = [(name, "*" * (name == config.current), shown[name].get("base_url", ""), key_note(found))
@@ -2562,7 +2563,7 @@ def run_config_list(options, terminal):
 
 def run_config_show(options, terminal):
     """Show one deployment, the chosen one unless another is named."""
-    config = read_config(config_path(os.environ))
+    config = read_config()
     terminal.notice(*config.notices)
     name = options.name or options.context or os.environ.get(ENV_CONTEXT) or config.current
     if name is None:
@@ -2577,7 +2578,7 @@ def run_config_show(options, terminal):
 
 def run_config_path(options, terminal):
     """Show where the config file is, or would be."""
-    path = config_path(os.environ)
+    path = config_path()
     if terminal.json:
         show_json(path, terminal)
     else:
@@ -2595,7 +2596,7 @@ def add_deployment(name, base_url, api_key, terminal):
             raise UsageError(f"{name} is there already: remove it first, or edit {config.path}")
         return config.current or name, dict(config.deployments, **{name: values})
 
-    config = change_config(config_path(os.environ), change)
+    config = change_config(change)
     how = "it is the current one" if config.current == name else (
         f"choose it with --context {name}, or with: xeroctl config use {name}")
     terminal.notice(f"added {name} to {config.path}: {how}")
@@ -2622,7 +2623,7 @@ def run_config_use(options, terminal):
         find_deployment(config, options.name)
         return options.name, config.deployments
 
-    change_config(config_path(os.environ), change)
+    change_config(change)
     terminal.notice(f"{options.name} is the current context")
     for variable in (ENV_BASE_URL, ENV_API_KEY, ENV_CONTEXT):
         if os.environ.get(variable):
@@ -2638,7 +2639,7 @@ def run_config_remove(options, terminal):
         left = {name: found for name, found in config.deployments.items() if name != options.name}
         return None if config.current == options.name else config.current, left
 
-    config = change_config(config_path(os.environ), change)
+    config = change_config(change)
     terminal.notice(f"removed {options.name}" + (
         ": none is the current one now, choose one with: xeroctl config use CONTEXT"
         if config.deployments and config.current is None else ""))
@@ -2665,7 +2666,7 @@ def run_config_init(options, terminal):
     refuse_dry_run(options)
     if not terminal.is_typed_at():
         raise UsageError("config init asks at a terminal: without one use xeroctl config add")
-    known, options.context = read_config(config_path(os.environ)).deployments, None
+    known, options.context = read_config().deployments, None
 
     def check_new_name(text):
         if (text or "default") in known:

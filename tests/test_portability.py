@@ -332,10 +332,13 @@ def test_a_command_prints_the_key(run, server, env):
 
 @pytest.fixture
 def on_windows(xeroctl, monkeypatch):
-    """Call a function of the tool with the paths of Windows."""
-    def call(name, *args):
+    """Call a function of the tool with the paths of Windows, and these *variables*."""
+    def call(name, *args, **variables):
         with monkeypatch.context() as patch:
-            patch.setenv("USERPROFILE", r"C:\Users\Zoë")
+            for variable in ("XDG_CONFIG_HOME", "XDG_STATE_HOME"):
+                patch.delenv(variable, raising=False)
+            for variable, value in dict(variables, USERPROFILE=r"C:\Users\Zoë").items():
+                patch.setenv(variable, value)
             patch.setattr(os, "path", ntpath)
             return getattr(xeroctl, name)(*args)
     return call
@@ -348,12 +351,12 @@ def on_windows(xeroctl, monkeypatch):
     ("cfg", r"C:\Users\Zoë\.config\xeroctl\config.toml"), ("C:cfg", r"C:\Users\Zoë\.config\xeroctl\config.toml"),
 ])
 def test_the_config_file_has_a_path_of_windows(on_windows, folder, path):
-    assert on_windows("config_path", {} if folder is None else {"XDG_CONFIG_HOME": folder}) == path
+    assert on_windows("config_path", **({} if folder is None else {"XDG_CONFIG_HOME": folder})) == path
 
 
 def test_the_state_has_a_path_of_windows(on_windows):
-    assert on_windows("state_path", {}, "history") == r"C:\Users\Zoë\.local\state\xeroctl\history"
-    assert on_windows("state_path", {"XDG_STATE_HOME": r"D:\state"}, "history") == r"D:\state\xeroctl\history"
+    assert on_windows("state_path", "history") == r"C:\Users\Zoë\.local\state\xeroctl\history"
+    assert on_windows("state_path", "history", XDG_STATE_HOME=r"D:\state") == r"D:\state\xeroctl\history"
 
 
 @pytest.mark.parametrize("text, path", [
