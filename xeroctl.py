@@ -2066,11 +2066,16 @@ def practice_endpoint():
 
 # -- Chat -------------------------------------------------------------------------------------
 
-def complete_line(line, commands, folder_names):
-    """Return the lines that *line* may become: slash commands, file names after some of them.
+def folder_names(folder):
+    """Return the names in *folder*, which may start with ~, a slash after those of folders."""
+    path = os.path.expanduser(folder) or "."
+    try:
+        return [name + "/" * os.path.isdir(os.path.join(path, name)) for name in os.listdir(path)]
+    except OSError:
+        return []
 
-    *folder_names* returns the names in a folder, those of folders with a slash at their end.
-    """
+def complete_line(line, commands):
+    """Return the lines that *line* may become: slash commands, file names after some of them."""
     name, space, start = line.partition(" ")
     if not line.startswith("/"):
         return []
@@ -2083,14 +2088,6 @@ def complete_line(line, commands, folder_names):
     return [f"{name} {folder}{found}" for found in sorted(folder_names(folder))
             if found.startswith(start[len(folder):])
             and (start[len(folder):] or not found.startswith("."))]
-
-def folder_names(folder):
-    """Return the names of the files in *folder*, which may start with ~."""
-    path = os.path.expanduser(folder) or "."
-    try:
-        return [name + "/" * os.path.isdir(os.path.join(path, name)) for name in os.listdir(path)]
-    except OSError:
-        return []
 
 class LineEditor:
     """Reads lines typed at a terminal: with readline, and its history, where this Python has it."""
@@ -2151,7 +2148,7 @@ class LineEditor:
 
     def _complete(self, text, state):
         if state == 0:
-            self._matches = complete_line(text, self._commands, folder_names)
+            self._matches = complete_line(text, self._commands)
         return self._matches[state] if state < len(self._matches) else None
 
 class Chat:
