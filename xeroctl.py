@@ -155,7 +155,6 @@ Settings = namedtuple("Settings", "endpoint base_url api_key output timeout conn
 Sampling = namedtuple("Sampling", "model fields headers")  # what chat's options add to a request
 Request = namedtuple("Request", "method url headers body streamed")
 Event = namedtuple("Event", "name data")
-Delta = namedtuple("Delta", "text reasoning")
 Usage = namedtuple("Usage", "prompt completion total cached reasoning")  # None: not told
 Response = namedtuple("Response", "status headers chunks through")
 Totals = namedtuple("Totals", "prompt completion exact")
@@ -635,7 +634,7 @@ class Reply:
         self._half = ""  # of a surrogate pair that the server split over two chunks
         self.id = self.model = None
         self.usage = parse_usage(None)
-        self.chunks = 0
+        self.chunks = 0  # with text in them
         self.seconds = self.first_token_seconds = None  # from sending the request
 
     def forget(self):
@@ -643,7 +642,7 @@ class Reply:
         self.__init__()
 
     def add(self, document):
-        """Take in one chunk or reply, of whatever shape, and return its Delta."""
+        """Take in one chunk or reply, of whatever shape, and return the text in it."""
         self.id = self.id or field(document, "id", str) or None
         self.model = self.model or field(document, "model", str) or None
         usage = field(document, "usage", dict)
@@ -654,7 +653,7 @@ class Reply:
             if isinstance(choice, dict) and choice.get("index") in (0, None):
                 break
         else:
-            return Delta("", False)
+            return ""
         self.finish_reason = field(choice, "finish_reason", str) or self.finish_reason
         message = field(choice, "delta" if "delta" in choice else "message", dict)
         text = self._half + content_text(message)
@@ -664,12 +663,9 @@ class Reply:
         if text:
             self._text += text.encode("utf-8")
             self.chunks += 1
-            self.begun = True
-            return Delta(text, False)
-        reasoning = bool(field(message, "reasoning_content", str)
-                         or field(message, "reasoning", str))
-        self.begun = self.begun or reasoning
-        return Delta("", reasoning)
+        self.begun = self.begun or bool(text or field(message, "reasoning_content", str)
+                                        or field(message, "reasoning", str))
+        return text
 
     @property
     def text(self):
@@ -1862,12 +1858,12 @@ def exchange(request, settings, trace, renderer, reply, spinner):
             for document, source in documents(response, request.streamed):
                 if is_error(document):
                     raise build_error(document, 200, response.headers, settings.api_key)
-                delta = reply.add(document)
+                text = reply.add(document)
                 if reply.first_token_seconds is None and reply.begun:
                     reply.first_token_seconds = time.monotonic() - sent
-                if delta.reasoning:
+                if reply.begun and not reply.chunks:
                     spinner.say("thinking")
-                renderer.show(document, source, delta.text)
+                renderer.show(document, source, text)
         except (CutShortError, NetworkError):
             if not reply.finish_reason:  # with one the answer is whole, however the wire broke
                 raise
