@@ -2489,7 +2489,6 @@ def run_single(options, settings, terminal):
     reply = Reply()
     ask(request, settings, terminal, renderer, reply)
     report_reply(reply, options.stream, options.show_usage, terminal)
-    return EXIT_OK
 
 def run_chat(options, terminal):
     """Ask one question, or hold a conversation."""
@@ -2514,7 +2513,6 @@ def run_models(options, terminal):
         document = fetch(models_request(settings), settings, terminal)
     ids = [(field(model, "id", str) or "",) for model in listed(document, "models")]
     show_rows(document, ("id",), ids, terminal)
-    return EXIT_OK
 
 def refuse_dry_run(options):
     """Raise UsageError for a dry run of a command that does more than send one request."""
@@ -2552,7 +2550,6 @@ def run_config_list(options, terminal):
                   ("name", "current", "base URL", "key"), rows, terminal)
     else:
         terminal.notice(f"no deployments in {config.path}: add one with: xeroctl config init")
-    return EXIT_OK
 
 def run_config_show(options, terminal):
     """Show one deployment, the chosen one unless another is named."""
@@ -2564,10 +2561,9 @@ def run_config_show(options, terminal):
     shown = dict({"name": name}, **shown_deployment(find_deployment(config, name)))
     if terminal.json:
         show_json(shown, terminal)
-        return EXIT_OK
-    for key, value in shown.items():
-        terminal.answer(f"{key}: {value if isinstance(value, str) else json.dumps(value)}\n")
-    return EXIT_OK
+    else:
+        for key, value in shown.items():
+            terminal.answer(f"{key}: {value if isinstance(value, str) else json.dumps(value)}\n")
 
 def run_config_path(options, terminal):
     """Show where the config file is, or would be."""
@@ -2576,7 +2572,6 @@ def run_config_path(options, terminal):
         show_json(path, terminal)
     else:
         terminal.answer(path + "\n")
-    return EXIT_OK
 
 def add_deployment(name, base_url, api_key, terminal):
     """Put a new deployment into the config file; the first one becomes the current one."""
@@ -2606,7 +2601,6 @@ def run_config_add(options, terminal):
         if api_key in ("", "-"):
             raise UsageError("no API key on standard input")
     add_deployment(options.name, options.base_url, api_key, terminal)
-    return EXIT_OK
 
 def run_config_use(options, terminal):
     """Make a deployment the current one."""
@@ -2621,7 +2615,6 @@ def run_config_use(options, terminal):
     for variable in (ENV_BASE_URL, ENV_API_KEY, ENV_CONTEXT):
         if os.environ.get(variable):
             terminal.notice(f"{variable} is set, and counts before it")
-    return EXIT_OK
 
 def run_config_remove(options, terminal):
     """Remove a deployment."""
@@ -2636,7 +2629,6 @@ def run_config_remove(options, terminal):
     terminal.notice(f"removed {options.name}" + (
         ": none is the current one now, choose one with: xeroctl config use CONTEXT"
         if config.deployments and config.current is None else ""))
-    return EXIT_OK
 
 def asked(read, question, check, terminal):
     """Return what a person answers; ask again until *check*, which raises UsageError, takes it."""
@@ -2692,7 +2684,6 @@ def run_config_init(options, terminal):
         raise UsageError("nothing was written") from None
     add_deployment(name, options.base_url, options.api_key, terminal)
     terminal.notice(f"next: xeroctl chat --context {name} --endpoint SLUG -m Hello")
-    return EXIT_OK
 
 # -- Status -----------------------------------------------------------------------------------
 
@@ -2835,7 +2826,6 @@ def run_status(options, terminal):
         steps.finish(False)
         raise
     steps.finish(True)
-    return EXIT_OK
 
 # -- Completions ------------------------------------------------------------------------------
 
@@ -2889,7 +2879,6 @@ def run_completions_list(options, terminal):
     last = field(completions[-1], "id", str) if completions else None
     if has_more(document) and last:
         terminal.notice(f"there are more: add --after {last}")
-    return EXIT_OK
 
 def run_completions_get(options, terminal):
     """Show the answer of a stored completion."""
@@ -2903,7 +2892,6 @@ def run_completions_get(options, terminal):
         renderer = TextRenderer(terminal, False)
         renderer.show(completion, None, whole_text(content_text(message_of(completion))))
         renderer.finish()
-    return EXIT_OK
 
 def fetch_messages(name, settings, terminal):
     """Return all messages of the stored completion *name*, page by page, and its answer."""
@@ -2938,7 +2926,6 @@ def run_completions_messages(options, terminal):
         terminal.answer("\n".join(
             f"{field(message, 'role', str) or 'unknown'}: "
             + whole_text(content_text(message)).rstrip("\n") + "\n" for message in messages))
-    return EXIT_OK
 
 def run_completions_update(options, terminal):
     """Give a stored completion other metadata."""
@@ -2950,7 +2937,6 @@ def run_completions_update(options, terminal):
                                        body={"metadata": dict(options.metadata)})
         completion = fetch(request, settings, terminal)
     show_rows(completion, COMPLETION_COLUMNS, [completion_row(completion)], terminal)
-    return EXIT_OK
 
 def run_completions_delete(options, terminal):
     """Delete stored completions, once a person says yes; report each failure and go on."""
@@ -3181,7 +3167,6 @@ SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completio
 def run_completion(options, terminal):
     """Print the completion script for a shell."""
     terminal.answer(SHELLS[options.shell](command_tree(options.parser)))
-    return EXIT_OK
 
 def run_help(options, terminal):
     """Show the help of a command."""
@@ -3444,7 +3429,10 @@ def asks_for_json(arguments):
     return bool(re.search(r"(?:^|\0)(?:-o[\0=]?|--output[\0=])json(?:\0|$)", "\0".join(arguments)))
 
 def run(arguments, terminal):
-    """Parse *arguments* and run their command; return its exit status, or raise a Page."""
+    """Parse *arguments* and run their command; return its exit status, or raise a Page.
+
+    A command that knows no other status than EXIT_OK returns nothing.
+    """
     terminal.json = asks_for_json(arguments)
     options, unknown = build_parser().parse_known_args(arguments)
     if not options.command:
@@ -3456,7 +3444,7 @@ def run(arguments, terminal):
         raise UsageError(f"unknown argument {name}: see xeroctl {options.command} --help")
     terminal.json, terminal.quiet, terminal.verbose = (
         options.output == "json", options.quiet, options.verbose)
-    return options.run(options, terminal)
+    return options.run(options, terminal) or EXIT_OK
 
 def terminate(number, frame):
     """Turn the first signal to end into an exception, so that nothing is left undone."""
