@@ -83,7 +83,7 @@ MAX_HISTORY_ENTRIES = 1000
 MAX_PAGES = 1000
 MIN_REDACTED_CHARACTERS = 8
 
-ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
+ENDING_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 BODY_OPTIONS = ("max_tokens", "temperature", "top_p", "frequency_penalty", "presence_penalty",
                 "seed", "store")
 CHAT_PATH = "/chat/completions"
@@ -3448,8 +3448,8 @@ def run(arguments, terminal):
 
 def terminate(number, frame):
     """Turn the first signal to end into an exception, so that nothing is left undone."""
-    for name in ENDING_SIGNALS:
-        signal.signal(getattr(signal, name, number), signal.SIG_IGN)
+    for ending in ENDING_SIGNALS:
+        signal.signal(ending, signal.SIG_IGN)
     raise Terminated(number)
 
 def end_by_signal(number):
@@ -3472,9 +3472,8 @@ def main(argv=None):
         argv = list(map(utf8_argument, sys.argv[1:]))
     terminal = Terminal(sys.stdin, sys.stdout, sys.stderr, os.environ)
     try:
-        for name in ENDING_SIGNALS:
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+        for number in ENDING_SIGNALS:
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(number, terminate)
         try:
             return run(argv, terminal)
