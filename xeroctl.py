@@ -494,8 +494,8 @@ def build_chat_request(sampling, settings, messages, stream):
     url = endpoint_url(settings.base_url, settings.endpoint, CHAT_PATH)
     return build_request("POST", url, settings, body, sampling.headers)
 
-def build_stored_request(method, settings, path="", query=(), body=None):
-    """Return the Request for *path*, such as /ID, below the stored completions of the endpoint."""
+def build_stored_request(method, settings, path, query=(), body=None):
+    """Return the Request for *path*, /ID or empty, below the stored completions of the endpoint."""
     from urllib.parse import urlencode
 
     url = endpoint_url(settings.base_url, settings.endpoint, CHAT_PATH + path)
@@ -1818,9 +1818,8 @@ def whole_document(chunks, through):
 def documents(response, streamed):
     """Yield each JSON document of *response*, the chunks of a stream or the one that it is.
 
-    With it comes its text, or None where that is not one line.
-
-    What a server calls it counts first, then whether we asked for a stream and it looks like one.
+    With it comes its text, or None where that is not one line.  What a server calls it counts
+    first, then whether we asked for a stream and it looks like one.
     """
     kind = response.headers.get("Content-Type", "").lower()
     first = next(response.chunks, b"")
@@ -2774,14 +2773,14 @@ def check_models(request, settings, trace, steps, terminal):
         key = "with the key" if settings.api_key else "without a key"
         steps.add("authorisation", f"HTTP 200 {key}, models: {len(models)}", models=len(models))
 
-def check_completion(settings, trace, steps, terminal):
+def check_completion(settings, steps, terminal):
     """See how a short completion is streamed."""
     sampling = Sampling(None, {"max_tokens": STATUS_MAX_TOKENS}, [])
     messages = Conversation().messages(STATUS_QUESTION)
     request = build_chat_request(sampling, settings, messages, True)
     reply, arrivals = Reply(), Arrivals()
     with terminal.spinner() as spinner:
-        exchange(request, settings, trace, arrivals, reply, spinner)
+        exchange(request, settings, terminal.trace, arrivals, reply, spinner)
     came = arrivals.count()
     sentence = f"model {reply.model or 'not told'}, {pace(len(arrivals.times), came)}"
     if reply.first_token_seconds is not None:
@@ -2816,7 +2815,7 @@ def run_status(options, terminal):
                       sources=settings.sources)
             check_models(request, settings, trace, steps, terminal)
             if settings.endpoint:
-                check_completion(settings, terminal.trace, steps, terminal)
+                check_completion(settings, steps, terminal)
             else:
                 terminal.notice("to try a completion too, give --endpoint SLUG")
     except OutputError:
@@ -2988,7 +2987,7 @@ def command_tree(parser, path=()):
                 action.nargs in ("*", "+") or isinstance(action, argparse._AppendAction)))
     return [(path, commands, options, arguments)] + below
 
-def filled(template, **parts):
+def with_parts(template, **parts):
     """Return *template* with each @NAME@ in it replaced by that part, a text or lines."""
     for name, part in parts.items():
         template = template.replace(f"@{name}@", part if isinstance(part, str) else "\n".join(part))
@@ -3053,7 +3052,7 @@ def bash_completion(tree):
         names = lines(name for option in options for name in option.names)
         words.append(f"                '{''.join(' ' + name for name in path)}') {offered}\n"
                      f"                    options={names} ;;")
-    return filled(
+    return with_parts(
         _BASH, TAKING="|".join(taking), WORDS=words,
         PATHS="|".join(f"' {' '.join(path)}'" for path, *_ in tree[1:]),
         VALUES=[f"        {names}) {offered} ;;" for names, offered in taking.items() if offered],
@@ -3107,9 +3106,9 @@ def zsh_completion(tree):
         if commands:
             choices = " ".join(rf'{command}\:"{escaped(summary)}"' for command, summary in commands)
             specs += [quoted(f"1: :(({choices}))"), quoted("*:: :->below")]
-        functions.append(filled(_ZSH_FUNCTION, NAME=name, SPECS=" \\\n".join(specs), CASES=[
+        functions.append(with_parts(_ZSH_FUNCTION, NAME=name, SPECS=" \\\n".join(specs), CASES=[
             f"        {command}) {name}_{command} ;;" for command, _ in commands]))
-    return filled(_ZSH, FUNCTIONS=functions)
+    return with_parts(_ZSH, FUNCTIONS=functions)
 
 _FISH = r"""# Completion for fish; save it as ~/.config/fish/completions/xeroctl.fish
 function __xeroctl_at
@@ -3159,8 +3158,8 @@ def fish_completion(tree):
                 taking.update(option.names)
                 names += " " + value(option)
             lines.append(f"{start} {names} -d {quoted(option.summary)}")
-    return filled(_FISH, TAKING=" ".join(sorted(taking)), WORDS=lines,
-                  PATHS=" ".join(f"' {' '.join(path)}'" for path, *_ in tree[1:]))
+    return with_parts(_FISH, TAKING=" ".join(sorted(taking)), WORDS=lines,
+                      PATHS=" ".join(f"' {' '.join(path)}'" for path, *_ in tree[1:]))
 
 SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
 
@@ -3207,7 +3206,7 @@ class Parser(argparse.ArgumentParser):
         return self
 
     def parse_known_args(self, args=None, namespace=None):
-        """Parse as every parser does."""
+        """Parse with all the options, as every parser does."""
         return super(Parser, self.filled()).parse_known_args(args, namespace)
 
     def _check_help(self, action):  # of a command, for the same reason
