@@ -3475,13 +3475,14 @@ def main(argv=None):
             if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(number, terminate)
         try:
-            return run(argv, terminal)
-        except Page as page:
-            terminal.answer(str(page))
-            return EXIT_OK
-    except XeroctlError as error:
-        terminal.error(error)
-        return error.exit_status
+            try:
+                return run(argv, terminal)
+            except Page as page:
+                terminal.answer(str(page))
+                return EXIT_OK
+        except XeroctlError as error:
+            terminal.error(error)  # in which a signal may come, too
+            return error.exit_status
     except BrokenPipeError:
         return EXIT_CLOSED_STDOUT
     except KeyboardInterrupt:

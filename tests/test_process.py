@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -94,6 +95,15 @@ def test_a_signal_ends_it_at_once_and_keeps_the_text(start, server, phase, outpu
     assert result == (128 + number, output, b"")
     assert child.process.returncode == -number  # it dies of the signal, as a shell's loop around it must know
     assert phase == waiting_to_retry or server.gone[0].wait(SOON_SECONDS)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_ends_it_while_it_reports_an_error(start, number):
+    child = start("-o", "x" * 100000)
+    assert select.select([child.process.stderr], [], [], 10)[0]  # more than a pipe holds: it waits for a reader
+    child.signal(number)
+    child.finish(timeout=SOON_SECONDS)
+    assert child.process.returncode == -number
 
 
 def test_ctrl_c_with_json_keeps_whole_lines(start, server):
