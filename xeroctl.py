@@ -2968,18 +2968,18 @@ def run_completions_delete(options, terminal):
 # of the words that it can be, as far as these are known; a FILE and a CONTEXT the shell looks up.
 Word = namedtuple("Word", "names summary metavar value repeatable")
 
-def command_tree(parser, path=()):
+def command_tree(parser, path=""):
     """Return [(path, commands, options, arguments)] for *parser* and the commands below it.
 
-    *path* is the names that lead to it; *commands* are (name, summary) pairs, options and
-    arguments are Words.
+    *path* is the names that lead to it, a space before each; *commands* are (name, summary) pairs,
+    options and arguments are Words.
     """
     commands, options, arguments, below = [], [], [], []
     for action in parser.filled()._actions:
         if isinstance(action, argparse._SubParsersAction):
             commands = [(choice.dest, choice.help) for choice in action._choices_actions]
             for name, found in action.choices.items():
-                below += command_tree(found, path + (name,))
+                below += command_tree(found, f"{path} {name}")
         else:
             (options if action.option_strings else arguments).append(Word(
                 action.option_strings, (action.help or "").replace("%%", "%"),
@@ -3050,11 +3050,11 @@ def bash_completion(tree):
         offered = "found=" + lines(name for name, _ in commands)
         offered = arguments and found(arguments[0]) or offered
         names = lines(name for option in options for name in option.names)
-        words.append(f"                '{''.join(' ' + name for name in path)}') {offered}\n"
+        words.append(f"                '{path}') {offered}\n"
                      f"                    options={names} ;;")
     return with_parts(
         _BASH, TAKING="|".join(taking), WORDS=words,
-        PATHS="|".join(f"' {' '.join(path)}'" for path, *_ in tree[1:]),
+        PATHS="|".join(f"'{path}'" for path, *_ in tree[1:]),
         VALUES=[f"        {names}) {offered} ;;" for names, offered in taking.items() if offered],
         FREE="|".join(names for names, offered in taking.items() if not offered))
 
@@ -3102,7 +3102,7 @@ def zsh_completion(tree):
                 sign = ("=" if name.startswith("--") else "+") if taking else ""
                 specs.append(quoted(before + name + sign + after))
         specs += [quoted("*" * word.repeatable + value(word)) for word in arguments]
-        name = "_".join(("_xeroctl",) + path)
+        name = "_xeroctl" + path.replace(" ", "_")
         if commands:
             choices = " ".join(rf'{command}\:"{escaped(summary)}"' for command, summary in commands)
             specs += [quoted(f"1: :(({choices}))"), quoted("*:: :->below")]
@@ -3148,7 +3148,7 @@ def fish_completion(tree):
 
     lines, taking = [], set()
     for path, commands, options, arguments in tree:
-        start = f"complete -c xeroctl -n '__xeroctl_at \"{''.join(' ' + name for name in path)}\"'"
+        start = f"complete -c xeroctl -n '__xeroctl_at \"{path}\"'"
         lines += [f"{start} -a {name} -d {quoted(summary)}" for name, summary in commands]
         lines += [f"{start} {value(word)}" for word in arguments if value(word) != "-x"]
         for option in options:
@@ -3159,7 +3159,7 @@ def fish_completion(tree):
                 names += " " + value(option)
             lines.append(f"{start} {names} -d {quoted(option.summary)}")
     return with_parts(_FISH, TAKING=" ".join(sorted(taking)), WORDS=lines,
-                      PATHS=" ".join(f"' {' '.join(path)}'" for path, *_ in tree[1:]))
+                      PATHS=" ".join(f"'{path}'" for path, *_ in tree[1:]))
 
 SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
 
