@@ -2528,10 +2528,12 @@ def key_note(deployment):
                  if deployment.get(name)), "")
 
 def shown_deployment(deployment):
-    """Return the fields of *deployment*, the key masked, dates as texts."""
+    """Return the fields of *deployment*, or of a table in it, keys masked, dates as texts."""
     def shown(name, value):
         if name not in KEY_PLACES[1:] and re.search("(?i)key|token|secret|password", name):
             return masked(str(value))
+        if isinstance(value, dict):
+            return shown_deployment(value)
         return re.sub("//[^/]*@", "//****@", value) if isinstance(value, str) else value
 
     fields = {name: shown(name, value) for name, value in deployment.items()}

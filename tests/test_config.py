@@ -1577,7 +1577,8 @@ def test_a_signal_ends_the_wait_for_a_program_and_the_program(start, home, progr
 
 def test_what_may_be_a_secret_is_masked_whatever_its_name(config, stored):
     stored('current = "a"\n[deployment.a]\nbase_url = "https://ann:hunter22@h/v1"\n'
-           'api-key = "xero_acme_secret_0123"\nToken = "abc"\nnote = "shown"\n')
+           'api-key = "xero_acme_secret_0123"\nToken = "abc"\nnote = "shown"\n'
+           '[deployment.a.other]\ntoken = "abc"\n[deployment.a.keys]\nold = "abc"\n')
     for verb in ("list", "show"):
         for form in ("text", "json"):
             status, out, _ = config(verb, "-o", form)
