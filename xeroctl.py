@@ -1243,13 +1243,14 @@ class _Watched:
     def __init__(self, host, place, settings, trace, **options):
         super().__init__(host, **options)
         self._place, self._settings, self._trace = place, settings, trace
-        self._create_connection, self._reached = self._open, False
+        self._create_connection = self._open
 
     def connect(self):
         try:
             super().connect()
         except (OSError, ValueError) as error:
-            raise connect_error(error, self._place, self.timeout, self._reached) from error
+            reached = self.sock is not None
+            raise connect_error(error, self._place, self.timeout, reached) from error
         if hasattr(self.sock, "getpeercert"):
             version, expires = self.sock.version(), self.sock.getpeercert()["notAfter"]
             self._trace([f"* {version}, the certificate is good until {expires}"],
@@ -1266,7 +1267,6 @@ class _Watched:
         addresses = list(dict.fromkeys(place[0] for *_, place in found))
         self._trace([f"* {address[0]} is {', '.join(addresses)}"], name={"addresses": addresses})
         connection = connected_socket(found, deadline)
-        self._reached = True
         self._trace(["* connected to " + self._place],
                     connection={"address": connection.getpeername()[0]})
         return connection
