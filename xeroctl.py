@@ -1057,14 +1057,14 @@ def fetch_key(deployment):
     programs = (["security", "find-generic-password", "-s", name, "-w"],  # macOS
                 ["secret-tool", "lookup", "service", name])  # Linux
     try:
-        if not name:
-            words = split(program) or [program]
-        elif any(which(words[0]) for words in programs):
-            words = next(words for words in programs if which(words[0]))
+        if name:
+            words = next((words for words in programs if which(words[0])), None)
+            if not words:
+                raise UsageError(f"the API key is {name!r} in a keychain, and neither security nor "
+                                 f"secret-tool is here to read it: set {ENV_API_KEY}")
             program = words[0]
         else:
-            raise UsageError(f"the API key is {name!r} in a keychain, and neither security nor "
-                             f"secret-tool is here to read it: set {ENV_API_KEY}")
+            words = split(program) or [program]
         done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE)
     except (OSError, ValueError) as error:
