@@ -222,7 +222,7 @@ def parse_toml(text, path):
     else:
         parse = tomllib.loads
     try:
-        return parse(text.replace("\r\n", "\n"))
+        return parse(text)
     except (ValueError, RecursionError) as error:
         last = text.rstrip().count("\n") + 1
         reason = str(error).replace("at end of document", f"at line {last}")
@@ -939,10 +939,10 @@ def status_bar(endpoint, model, totals, turns, columns):
 def usage_fields(reply, streamed):
     """Return the (name, value) pairs of what the server said about *reply*."""
     pairs = [(name + "_tokens", value) for name, value in zip(Usage._fields, reply.usage)]
-    if streamed and reply.first_token_seconds is not None:
-        pairs.append(("first_token_seconds", round(reply.first_token_seconds, 3)))
     if streamed:
-        pairs.append(("finish_reason", reply.finish_reason))
+        first = reply.first_token_seconds
+        pairs += [("first_token_seconds", first and round(first, 3)),
+                  ("finish_reason", reply.finish_reason)]
     pairs.append(("id", reply.id))
     return [(name, value) for name, value in pairs if value is not None]
 
@@ -1900,10 +1900,8 @@ def retried(request, attempt, begun, settings, terminal):
 
 def fetch(request, settings, terminal):
     """Send *request* and return the JSON document that answers it; retry what may be retried."""
-    def attempt(spinner):
-        return receive(request, settings, terminal.trace)
-
-    return retried(request, attempt, lambda: False, settings, terminal)
+    return retried(request, lambda spinner: receive(request, settings, terminal.trace),
+                   lambda: False, settings, terminal)
 
 def ask(request, settings, terminal, renderer, reply):
     """Send *request*, show the answer through *renderer* as it comes, and add it to *reply*.
