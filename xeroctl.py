@@ -90,6 +90,7 @@ CHAT_PATH = "/chat/completions"
 CONVERSATION_FORMAT, CONVERSATION_VERSION = "xeroctl-conversation", 1
 KEY_PLACES = ("api_key", "api_key_keychain", "api_key_command")
 DEPLOYMENT_KEYS = KEY_PLACES + ("base_url", "output")
+SECRET_NAMES = "(?i)key|token|secret|password|credential|authorization|cookie"
 
 # -- Errors -----------------------------------------------------------------------------------
 
@@ -110,6 +111,10 @@ class XeroctlError(Exception):
 class OutputError(XeroctlError):
     """Standard output could not be written."""
     kind = "output"
+
+class InputError(XeroctlError):
+    """Standard input could not be read."""
+    kind, exit_status = "usage", EXIT_USAGE
 
 class UsageError(XeroctlError):
     """The options, the environment, the config file or another file are wrong."""
@@ -243,7 +248,7 @@ def parse_config(text, path):
     for name, value, kind in shapes:
         if not isinstance(value, kind):
             raise UsageError(f"{path}: {name} is not {'text' if kind is str else 'a table'}")
-    return Config(path, document.get("current"), deployments, [])
+    return Config(path, document.get("current") or None, deployments, [])
 
 def check_base_url(url):
     """Return *url* without trailing slashes; raise UsageError where it is no usable base URL."""
@@ -450,7 +455,8 @@ def edited_config(text, path, current, deployments):
     edited = "".join(lines)
     wanted = dict(document, current=current, deployment=deployments)
     try:
-        found = dict({"current": None, "deployment": {}}, **parse_toml(edited, path))
+        found = parse_toml(edited, path)
+        found.update(current=found.get("current") or None, deployment=found.get("deployment", {}))
     except UsageError:
         found = None
     as_text = json.JSONEncoder(sort_keys=True, default=repr).encode  # in which nan equals nan
@@ -854,9 +860,10 @@ def parse_conversation(text):
     for place, message in enumerate(document):
         role, content = field(message, "role", str), content_text(message)
         wanted = ("user", "assistant")[len(spoken) % 2]
-        if not content.strip():
+        if not content.strip() and role != "system":
             raise UsageError(f"messages[{place}]: no text in it")
-        if not all(field(part, "text", str) for part in field(message, "content", list) or ()):
+        parts = field(message, "content", list) or ()
+        if any(field(part, "text", str) is None for part in parts):
             raise UsageError(f"messages[{place}]: a part of it is no text")
         if place == 0 and role in ("system", "developer"):
             system = content
@@ -948,6 +955,18 @@ def usage_fields(reply, streamed):
 
 # -- Files ------------------------------------------------------------------------------------
 
+def utf8_text(text):
+    """Return an argument, a variable or a file name, decoded as the locale has it, as UTF-8."""
+    try:
+        return os.fsencode(text).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # PyPy reads UTF-8 in the C locale, and does not write it
+        return text
+
+def environment():
+    """Return our environment variables that are settings."""
+    return {name: utf8_text(os.environ.get(name, ""))
+            for name in (ENV_BASE_URL, ENV_API_KEY, ENV_CONTEXT)}
+
 def xdg_path(variable, default, name):
     """Return the path of xeroctl's file *name* (XDG Base Directory)."""
     folder = os.environ.get(variable) or ""
@@ -976,7 +995,8 @@ def read_file(path):
         with open(path, "rb") as file:
             return file.read()
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+        reason = getattr(error, "strerror", error)
+        raise UsageError(f"cannot read {utf8_text(path)}: {reason}") from error
 
 def read_config_text(path):
     """Return the byte-order mark, if any, and the text after it of the config file *path*."""
@@ -985,17 +1005,17 @@ def read_config_text(path):
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{path}: not UTF-8 (at line {line})") from error
+        raise UsageError(f"{utf8_text(path)}: not UTF-8 (at line {line})") from error
     return text[:text.startswith("\ufeff")], text[text.startswith("\ufeff"):]
 
 def read_config():
     """Return the Config in the config file, an empty one where there is none."""
     path = config_path()
     if not os.path.lexists(path):
-        return Config(path, None, {}, [])
-    config = parse_config(read_config_text(path)[1], path)
+        return Config(utf8_text(path), None, {}, [])
+    config = parse_config(read_config_text(path)[1], utf8_text(path))
     if os.name == "posix" and os.stat(path).st_mode & 0o077:
-        config.notices.append(f"others can read {path}: chmod 600 it")
+        config.notices.append(f"others can read {config.path}: chmod 600 it")
     return config
 
 def write_private(path, text):
@@ -1016,7 +1036,7 @@ def write_private(path, text):
                 os.unlink(temporary)
             raise
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        raise UsageError(f"cannot write {utf8_text(path)}: {error.strerror}") from error
 
 def make_private_folder(path):
     """Make the folder *path* and those above it that are missing, for its owner alone (mode 0700).
@@ -1028,21 +1048,33 @@ def make_private_folder(path):
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
 
+@contextlib.contextmanager
+def locked(path):
+    """Keep other processes that ask for it from the file or folder *path*, where it can be done."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):  # not POSIX, or a disk that has no locks
+            import fcntl
+            descriptor = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
 def change_config(change):
     """Give the config file what *change* makes of its Config; return the new Config.
 
     That is the name of the current deployment, or None, and the deployments; all else stays.
     """
     path = config_path()
-    mark, text = read_config_text(path)
-    edited = edited_config(text, path, *change(parse_config(text, path)))
-    folder = os.path.dirname(path)
+    shown, folder = utf8_text(path), os.path.dirname(path)
     try:
         make_private_folder(folder)
     except OSError as error:
-        raise UsageError(f"cannot make {folder}: {error.strerror}") from error
-    write_private(path, mark + edited)
-    return parse_config(edited, path)
+        raise UsageError(f"cannot make {utf8_text(folder)}: {error.strerror}") from error
+    with locked(folder):  # not the file, which is replaced
+        mark, text = read_config_text(path)
+        edited = edited_config(text, shown, *change(parse_config(text, shown)))
+        write_private(path, mark + edited)
+    return parse_config(edited, shown)
 
 def fetch_key(deployment):
     """Return the API key that the keychain or the command of *deployment* prints.
@@ -1090,22 +1122,24 @@ def read_history(path):
 def append_history(path, entry):
     """Add *entry* to the history file *path*, under a lock, and drop the oldest over the limit.
 
-    An entry is one line, a JSON string, since it may hold line ends.  Raise OSError.
+    An entry is one line, a JSON string, since it may hold line ends.  Raise UsageError.
     """
-    make_private_folder(os.path.dirname(path))
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-    with os.fdopen(descriptor, "r+b", buffering=0) as file:
-        with contextlib.suppress(ImportError):  # not POSIX
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
-        old = file.read() if os.path.isfile(path) else b""
-        line = json.dumps(entry).encode() + b"\n"
-        if old and not old.endswith(b"\n"):  # a write that did not come to its end
-            line = b"\n" + line
-        if old.count(b"\n") >= MAX_HISTORY_ENTRIES:
-            file.truncate(0)
-            line = b"\n".join(old.split(b"\n")[-MAX_HISTORY_ENTRIES:]) + line
-        file.write(line)
+    folder, line = os.path.dirname(path), json.dumps(entry) + "\n"
+    try:
+        make_private_folder(folder)
+        with locked(folder):
+            old = read_file(path) if os.path.isfile(path) else b""
+            if old and not old.endswith(b"\n"):  # a write that did not come to its end
+                line = "\n" + line
+            if old.count(b"\n") < MAX_HISTORY_ENTRIES:
+                descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                with os.fdopen(descriptor, "ab") as file:
+                    file.write(line.encode())
+            else:
+                newest = b"\n".join(old.split(b"\n")[-MAX_HISTORY_ENTRIES:])
+                write_private(path, newest.decode("utf-8", "replace") + line)
+    except OSError as error:
+        raise UsageError(f"cannot write {utf8_text(path)}: {error.strerror}") from error
 
 # -- Transport --------------------------------------------------------------------------------
 
@@ -1192,11 +1226,23 @@ def connect_error(error, place, seconds, reached):
     elif reason == "WRONG_VERSION_NUMBER":
         message = f"no TLS at {place}: is it an http:// address?"
     elif reason or "Certificate" in type(error).__name__:
-        message = (f"TLS with {place} failed: {getattr(error, 'verify_message', '') or error}: "
-                   "for an authority of your own give --cacert FILE or set SSL_CERT_FILE")
+        message = f"TLS with {place} failed: {getattr(error, 'verify_message', '') or error}"
+        untrusted = getattr(error, "verify_code", 20) in (2, 18, 19, 20, 21)  # before 3.7 not told
+        if reason == "CERTIFICATE_VERIFY_FAILED" and untrusted:
+            message += ": for an authority of your own give --cacert FILE or set SSL_CERT_FILE"
     else:
         message = f"cannot connect to {place}: {getattr(error, 'strerror', None) or error}"
     return NetworkError(message, retryable=isinstance(error, ConnectionError))
+
+def tunnel_error(error, place, seconds):
+    """Return the error for *error*, raised while asking the proxy *place* for a way through."""
+    answer = re.match(r"Tunnel connection failed: ((\d\d\d).*)", str(error))
+    if not answer:
+        return connect_error(error, place, seconds, False)
+    status, message = int(answer.group(2)), f"{place} does not connect us: HTTP {answer.group(1)}"
+    if status == 407:
+        return RefusedError(f"{message}: {_HINTS[status]}", status)
+    return NetworkError(message, status, retryable=status >= 500)
 
 def exchange_error(error, place, seconds, begun):
     """Return the error for *error*, raised by the connection to *place* once it stood.
@@ -1258,7 +1304,10 @@ class _Watched:
         self.sock.settimeout(self._settings.timeout)
 
     def _tunnel(self):
-        super()._tunnel()
+        try:
+            super()._tunnel()
+        except OSError as error:
+            raise tunnel_error(error, self._place, self.timeout) from error
         self._place = self._tunnel_host  # which speaks from here on, through the proxy
 
     def _open(self, address, seconds, *unused):
@@ -1462,6 +1511,15 @@ class Output:
                 import select
                 select.select([], [self._fd], [])
 
+    def is_ready(self):
+        """Tell whether a few bytes can be written without a wait."""
+        import select
+
+        try:
+            return bool(select.select([], [self._fd], [], 0)[1])
+        except (OSError, ValueError):  # not POSIX, or closed
+            return True
+
     def width(self):
         """Return the columns of the terminal."""
         try:
@@ -1495,7 +1553,7 @@ class Spinner:
             import threading
             self._stopped = threading.Event()
             self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
+            self._thread.start()  # in which a Ctrl+C may come
             suspend = getattr(signal, "SIGTSTP", None)  # POSIX
             self._suspendable = suspend and signal.getsignal(suspend) == signal.SIG_DFL
             if self._suspendable:
@@ -1507,13 +1565,14 @@ class Spinner:
 
     def say(self, label, until=None):
         """Show *label* with the seconds since the start, or those left *until* a monotonic time."""
-        self._line = label, until
+        self._line = " ".join(printable(label).split()), until
 
     def stop(self):
         """Leave the line as it was."""
         if self._thread:
             self._stopped.set()
-            self._thread.join()
+            with contextlib.suppress(RuntimeError):  # it did not start, and then draws nothing
+                self._thread.join()
             self._thread = None
             if self._suspendable:
                 signal.signal(signal.SIGTSTP, signal.SIG_DFL)
@@ -1537,7 +1596,7 @@ class Spinner:
                 now = time.monotonic()
                 seconds = now - self._since if until is None else max(0, until - now)
                 self._drawn = True
-                self._draw(f"{frame} {label} {seconds:.0f}s"[:self._output.width() - 1])
+                self._draw(cut(f"{frame} {label} {seconds:.0f}s", self._output.width() - 1))
 
     def _draw(self, line):
         with contextlib.suppress(OSError):
@@ -1547,7 +1606,7 @@ class Terminal:
     """The process's three streams.  Whatever is written stops the spinner first."""
 
     def __init__(self, stdin, stdout, stderr, environ):
-        self._stdin = stdin
+        self._stdin, self._unread = stdin, b""
         self.out = Output(stdout, environ)
         self.err = Output(stderr, environ)
         self.json = self.quiet = self.verbose = False
@@ -1558,7 +1617,7 @@ class Terminal:
         """Return all of standard input, typed at a terminal only if *even_typed*; else None."""
         if self._stdin is None or self._stdin.isatty() and not even_typed:
             return None
-        return self._stdin.buffer.read()
+        return self._unread + b"".join(iter(self._read, b""))
 
     def is_typed_at(self):
         """Tell whether a person types at standard input."""
@@ -1594,10 +1653,25 @@ class Terminal:
 
     def read_piped_line(self):
         """Return the bytes of the next line of standard input; raise EOFError at its end."""
-        line = self._stdin.buffer.readline() if self._stdin else b""
-        if not line:
+        while self._stdin and b"\n" not in self._unread:
+            data = self._read()
+            self._unread += data
+            if not data:
+                break
+        line, end, self._unread = self._unread.partition(b"\n")
+        if not line + end:
             raise EOFError
-        return line
+        return line + end
+
+    def _read(self):
+        while True:
+            try:
+                return os.read(self._stdin.fileno(), READ_BYTES)
+            except BlockingIOError:  # another process made this pipe non-blocking
+                import select
+                select.select([self._stdin], [], [])
+            except OSError as error:
+                raise InputError(f"cannot read standard input: {error.strerror}") from error
 
     def set_echo(self, on):
         """Show what is typed, or keep it off the screen until the next prompt shows it."""
@@ -1915,8 +1989,9 @@ def ask(request, settings, terminal, renderer, reply):
 
     try:
         retried(request, attempt, lambda: reply.begun or renderer.begun, settings, terminal)
-    except BaseException:
-        if renderer.begun:
+    except BaseException as error:
+        # At a signal a newline is not worth the wait for a reader that has stopped.
+        if renderer.begun and (isinstance(error, Exception) or terminal.out.is_ready()):
             with contextlib.suppress(OSError, OutputError):  # what happened first counts
                 renderer.finish()
         raise
@@ -2090,7 +2165,11 @@ class LineEditor:
         self._history_path = history_path
         self._before, self._after = "", ""
         self.abandoned = ""  # what stood on the line when Ctrl+C ended it
-        self.ends_line = terminal.out.is_terminal  # at the end of the input, as readline does
+        self.armed = False  # to raise KeyboardInterrupt for the next Ctrl+C, and only that one
+        self._reading = False
+        self.ends_line = not terminal.out.dumb  # at the end of the input, as readline does
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
         try:
             import readline
             readline.set_auto_history(False)
@@ -2112,12 +2191,18 @@ class LineEditor:
                 self._before, self._after = "\1\x1b[1m\2", "\1\x1b[0m\2"
         for entry in read_history(history_path):
             self._recall(entry)
-        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._interrupt)
 
     def read(self, prompt):
         """Return the next line; raise EOFError at the end of the input."""
-        return typed_text(self._terminal.read_line(self._before + prompt + self._after))
+        self.abandoned, self._reading = "", True
+        try:
+            line = self._terminal.read_line(self._before + prompt + self._after)
+        except KeyboardInterrupt:
+            self.armed = False
+            raise
+        finally:
+            self._reading = False
+        return typed_text(line)
 
     def remember(self, entry):
         """Put *entry* into the history, of this session and of those to come."""
@@ -2125,9 +2210,8 @@ class LineEditor:
         if self._history_path:
             try:
                 append_history(self._history_path, entry)
-            except OSError as error:
-                self._terminal.notice(
-                    f"no history: cannot write {self._history_path}: {error.strerror}")
+            except UsageError as error:
+                self._terminal.notice(f"no history: {error}")
                 self._history_path = None
 
     def _recall(self, entry):
@@ -2136,8 +2220,11 @@ class LineEditor:
             self._readline.add_history(data.decode("ascii", "surrogateescape"))
 
     def _interrupt(self, number, frame):
-        self.abandoned = self._readline.get_line_buffer()  # which readline is about to forget
-        raise KeyboardInterrupt
+        if self.armed:  # else what the last one led to is still being done
+            self.armed = self._reading  # input() breaks where a second one does not raise again
+            if self._reading and self._readline and not self.abandoned:
+                self.abandoned = self._readline.get_line_buffer()  # which it is about to forget
+            raise KeyboardInterrupt
 
     def _complete(self, text, state):
         if state == 0:
@@ -2156,6 +2243,10 @@ class Chat:
         self.model = sampling.model
         self.totals = Totals(0, 0, True)
         self.unsaved = False
+
+def as_typed(message):
+    """Return the line that sends *message*, also where it looks like a command."""
+    return " " + message if message.startswith("/") else message
 
 def show(chat, text):
     """Show the lines of *text* to the person, not on stdout."""
@@ -2182,7 +2273,8 @@ def send(chat, question, turns):
             raise
         interrupted = True
         if not reply.text:
-            show(chat, "stopped: Up brings the question back")
+            show(chat, "stopped: " + (
+                "the old answer stays" if replacing else "Up brings the question back"))
     finally:
         if reply.text.strip() and (complete or interrupted or not replacing):
             chat.conversation.turns = context.turns + [(question, reply.text)]
@@ -2227,6 +2319,7 @@ def do_system(chat, argument):
     """Set the system message, or show it."""
     if argument:
         chat.conversation.system = argument
+        chat.unsaved = bool(chat.conversation.turns)
     show(chat, "system: " + (chat.conversation.system or "none"))
 
 def do_save(chat, argument):
@@ -2252,7 +2345,7 @@ def do_load(chat, argument):
     chat.conversation, chat.unsaved = conversation, False
     show(chat, f"loaded {2 * len(conversation.turns)} messages from {path}")
     if question and chat.editor:
-        chat.editor.remember(question)
+        chat.editor.remember(as_typed(question))
         show(chat, "its last question has no answer: Up brings it back")
 
 def do_tokens(chat, argument):
@@ -2276,30 +2369,39 @@ def do_undo(chat, argument):
     show(chat, "took back: " + cut(" ".join(question.split()), 60))
 
 def do_edit(chat, argument):
-    """Send what an editor leaves in a private file."""
+    """Send what an editor leaves in a private file, which stays where it cannot be sent."""
     import subprocess
     from shlex import split
-    from tempfile import TemporaryDirectory
+    from shutil import rmtree
+    from tempfile import mkdtemp
 
     if not chat.typed_at:
         raise UsageError("/edit needs a terminal")
     usual = "vi" if os.name == "posix" else "notepad"
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or usual
-    with TemporaryDirectory(prefix="xeroctl-") as folder:  # mode 0700
-        path = os.path.join(folder, "message.txt")
-        write_private(path, argument)
-        # Ctrl+C is the editor's; unlike SIG_IGN a handler of our own is not handed down to it.
-        ours = signal.signal(signal.SIGINT, lambda number, frame: None)
-        try:
-            status = subprocess.call(split(editor) + [path])
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot run {editor}: {error}: set VISUAL or EDITOR") from error
-        finally:
-            signal.signal(signal.SIGINT, ours)
-        text = decode_prompt(read_file(path), path)
-    if status or text.strip() in ("", argument):
+    folder = mkdtemp(prefix="xeroctl-")  # mode 0700
+    path = os.path.join(folder, "message.txt")
+    write_private(path, argument)
+    # Ctrl+C is the editor's; unlike SIG_IGN a handler of our own is not handed down to it.
+    ours = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        status = subprocess.call(split(editor) + [path])
+    except (OSError, ValueError) as error:
+        rmtree(folder)
+        raise UsageError(f"cannot run {editor}: {error}: set VISUAL or EDITOR") from error
+    except Terminated:
+        chat.terminal.say(f"xeroctl: what {editor} saved is in {path}")
+        raise
+    finally:
+        signal.signal(signal.SIGINT, ours)
+    text = decode_prompt(read_file(path), path)
+    changed = text.strip() not in ("", argument)
+    if status and changed:
+        raise UsageError(f"{editor} failed: nothing was sent: what it saved is in {path}")
+    rmtree(folder)
+    if status or not changed:
         raise UsageError(f"nothing was sent: {editor} failed, or left the file as it was or empty")
-    chat.editor.remember(text)
+    chat.editor.remember(as_typed(text))
     send(chat, text, chat.conversation.turns)
 
 def do_quit(chat, argument):
@@ -2352,40 +2454,57 @@ def read_input(chat):
     while line.endswith("\\"):
         try:
             line = line[:-1] + "\n" + chat.editor.read(". ")
-        except (KeyboardInterrupt, EOFError):
+        except BaseException:
             chat.editor.remember(line)
             raise
     return line
 
+def take_input(chat, first):
+    """Do what the next input asks for, *first* if that is one; return the status of a failure.
+
+    Report that too.  Raise EOFError at the end of the inputs.
+    """
+    reading = True
+    try:
+        if chat.editor:
+            chat.editor.armed = True
+        line = first or read_input(chat)
+        reading = False
+        handle(chat, line)
+    except KeyboardInterrupt:
+        if not chat.typed_at:
+            raise
+        if reading:
+            show(chat, "" if chat.editor.abandoned else "\nCtrl+D or /quit ends the session")
+    except EOFError:
+        if chat.typed_at and not chat.terminal.is_typed_at():  # the terminal was closed
+            raise Terminated(getattr(signal, "SIGHUP", signal.SIGTERM)) from None
+        if reading and chat.typed_at and not chat.editor.ends_line:
+            show(chat, "")
+        raise
+    except (InputError, OutputError):
+        raise
+    except XeroctlError as error:
+        chat.terminal.error(error)
+        return error.exit_status
+    return EXIT_OK
+
 def chat_loop(chat, first):
     """Take inputs until their end, *first* before all others; return the exit status.
 
-    A failure is reported and the chat goes on; with a pipe the first one decides the status.
+    A failure is no reason to end; with a pipe the first one decides the status.
     """
     status = EXIT_OK
     while True:
         try:
-            reading = True
-            line, first = first or read_input(chat), None
-            reading = False
-            handle(chat, line)
+            failed, first = take_input(chat, first), None
+            status = status or failed
         except EOFError:
-            if chat.typed_at and not chat.terminal.is_typed_at():  # the terminal was closed
-                raise Terminated(getattr(signal, "SIGHUP", signal.SIGTERM)) from None
-            if reading and chat.typed_at and not chat.editor.ends_line:
-                show(chat, "")
-            break
-        except KeyboardInterrupt:
+            return EXIT_OK if chat.typed_at else status
+        except KeyboardInterrupt:  # one more, before the last one was dealt with
             if not chat.typed_at:
                 raise
-            if reading:
-                show(chat, "" if chat.editor.abandoned else "\nCtrl+D or /quit ends the session")
-        except OutputError:
-            raise
-        except XeroctlError as error:
-            chat.terminal.error(error)
-            status = status or error.exit_status
-    return EXIT_OK if chat.typed_at else status
+            first = None
 
 def keep(chat):
     """Save a conversation that is about to be lost, and say where."""
@@ -2421,7 +2540,7 @@ def open_settings(options, terminal, endpoint_needed=True):
                 raise UsageError("--api-key - is for config add alone")
             unused = options.dry_run or endpoint_needed and not options.endpoint
             kept_key = (lambda deployment: "-") if unused else fetch_key
-            settings = resolve_settings(options, os.environ, read_config(), kept_key)
+            settings = resolve_settings(options, environment(), read_config(), kept_key)
         terminal.json, terminal.secret = settings.output == "json", settings.api_key
         if endpoint_needed and not settings.endpoint:
             raise UsageError("no endpoint: give --endpoint SLUG, or --demo to try without one")
@@ -2458,19 +2577,18 @@ def run_interactive(options, settings, terminal):
     if "max_completion_tokens" not in sampling.fields:  # the newer name of the same
         sampling.fields.setdefault("max_tokens", DEFAULT_INTERACTIVE_MAX_TOKENS)
     first = first_message(options, terminal) if options.message is not None else None
-    if first and first.startswith("/"):
-        first = " " + first  # a message, whatever it looks like
     if terminal.is_typed_at() and not terminal.quiet:
         terminal.say(cut("/help lists the commands, Ctrl+D ends the session",
                          terminal.err.width()), dim=True)
     chat = Chat(sampling, settings, terminal, CHAT_COMMANDS, Conversation(system_prompt(options)),
                 options.show_usage)
     try:
-        status = chat_loop(chat, first)
+        status = chat_loop(chat, first and as_typed(first))
         if not terminal.quiet:
             do_tokens(chat, "")
-    except BaseException:
-        if chat.unsaved:
+    except BaseException as error:
+        ended = isinstance(error, BrokenPipeError) and not chat.typed_at  # as by head in a script
+        if chat.unsaved and not ended:
             keep(chat)
         raise
     finally:
@@ -2526,12 +2644,14 @@ def key_note(deployment):
                  if deployment.get(name)), "")
 
 def shown_deployment(deployment):
-    """Return the fields of *deployment*, or of a table in it, keys masked, dates as texts."""
-    def shown(name, value):
-        if name not in KEY_PLACES[1:] and re.search("(?i)key|token|secret|password", name):
-            return masked(str(value))
+    """Return the fields of *deployment*, the keys in it masked, dates as texts."""
+    def shown(name, value):  # the name with those of the tables around it
         if isinstance(value, dict):
-            return shown_deployment(value)
+            return {key: shown(f"{name}.{key}", found) for key, found in value.items()}
+        if isinstance(value, list):
+            return [shown(name, found) for found in value]
+        if name not in KEY_PLACES[1:] and re.search(SECRET_NAMES, name):
+            return masked(str(value))
         return re.sub("//[^/]*@", "//****@", value) if isinstance(value, str) else value
 
     fields = {name: shown(name, value) for name, value in deployment.items()}
@@ -2554,7 +2674,7 @@ def run_config_show(options, terminal):
     """Show one deployment, the chosen one unless another is named."""
     config = read_config()
     terminal.notice(*config.notices)
-    name = options.name or options.context or os.environ.get(ENV_CONTEXT) or config.current
+    name = options.name or options.context or environment()[ENV_CONTEXT] or config.current
     if name is None:
         raise UsageError(f"no context is chosen: {config.path} has: {known_contexts(config)}")
     shown = dict({"name": name}, **shown_deployment(find_deployment(config, name)))
@@ -2566,7 +2686,7 @@ def run_config_show(options, terminal):
 
 def run_config_path(options, terminal):
     """Show where the config file is, or would be."""
-    path = config_path()
+    path = utf8_text(config_path())
     if terminal.json:
         show_json(path, terminal)
     else:
@@ -2581,7 +2701,8 @@ def add_deployment(name, base_url, api_key, terminal):
     def change(config):
         if name in config.deployments:
             raise UsageError(f"{name} is there already: remove it first, or edit {config.path}")
-        return config.current or name, dict(config.deployments, **{name: values})
+        current = config.current if config.current in config.deployments else name
+        return current, dict(config.deployments, **{name: values})
 
     config = change_config(change)
     how = "it is the current one" if config.current == name else (
@@ -2611,9 +2732,8 @@ def run_config_use(options, terminal):
 
     change_config(change)
     terminal.notice(f"{options.name} is the current context")
-    for variable in (ENV_BASE_URL, ENV_API_KEY, ENV_CONTEXT):
-        if os.environ.get(variable):
-            terminal.notice(f"{variable} is set, and counts before it")
+    terminal.notice(*(f"{variable} is set, and counts before it"
+                      for variable, value in environment().items() if value))
 
 def run_config_remove(options, terminal):
     """Remove a deployment."""
@@ -2747,7 +2867,7 @@ class Arrivals:
 def pace(chunks, arrivals):
     """Return how *chunks* of a stream came, in so many *arrivals*."""
     if chunks == 1:
-        return "in one piece: this server does not stream"
+        return "in one piece: it may be that this server does not stream"
     if arrivals == 1:
         return "in one lump: something on the way, a proxy perhaps, holds the stream back"
     return "one by one" if 2 * arrivals >= chunks else f"in {arrivals} lumps"
@@ -2830,8 +2950,9 @@ def run_status(options, terminal):
 
 def metadata_text(completion):
     """Return the metadata of *completion* as NAME=VALUE words."""
-    return " ".join(f"{name}={value}" for name, value in
-                    sorted((field(completion, "metadata", dict) or {}).items()))
+    tags = field(completion, "metadata", dict) or {}
+    return " ".join(f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+                    for name, value in sorted(tags.items()))
 
 COMPLETION_COLUMNS = ("id", "created", "model", "tokens", "metadata")
 
@@ -2911,7 +3032,8 @@ def fetch_messages(name, settings, terminal):
         query = [("after", last)]
     if messages and messages[-1].get("role") != "assistant":  # some servers keep it apart
         request = build_stored_request("GET", settings, "/" + name)
-        messages.append(message_of(fetch(request, settings, terminal)))
+        answer = message_of(fetch(request, settings, terminal))
+        messages.append(dict({"role": "assistant"}, **answer))
     return messages
 
 def run_completions_messages(options, terminal):
@@ -2950,6 +3072,8 @@ def run_completions_delete(options, terminal):
             try:
                 document = fetch(build_stored_request("DELETE", settings, "/" + name), settings,
                                  terminal)
+                if isinstance(document, dict) and document.get("deleted") is False:
+                    raise ServerError(f"the server did not delete {name}")
             except Page as page:
                 terminal.answer(str(page))
             except XeroctlError as error:
@@ -3341,7 +3465,7 @@ def add_filters(parser, tags="tags"):
         parser.add_argument(name, default=argparse.SUPPRESS, **options)
 
     add("--limit", metavar="N", type=number(1, 100, int), help="how many at most, 1 to 100")
-    add("--after", metavar="ID", type=slug, help="those that follow this one")
+    add("--after", metavar="ID", type=plain, help="those that follow this one")
     add("--order", metavar="ORDER", choices=("asc", "desc"),
         help="by time: asc, the oldest first, or desc")
     add("--model", metavar="NAME", type=plain, help="those of this model")
@@ -3425,7 +3549,8 @@ def build_parser():
 
 def asks_for_json(arguments):
     """Tell whether a command line that cannot be parsed asks for JSON."""
-    return bool(re.search(r"(?:^|\0)(?:-o[\0=]?|--output[\0=])json(?:\0|$)", "\0".join(arguments)))
+    form = r"(?:^|\0)(?:-[qvi]*o[\0=]?|--output[\0=])json(?:\0|$)"
+    return bool(re.search(form, "\0".join(arguments)))
 
 def run(arguments, terminal):
     """Parse *arguments* and run their command; return its exit status, or raise a Page.
@@ -3458,19 +3583,12 @@ def end_by_signal(number):
         os.kill(os.getpid(), number)
     return 128 + number
 
-def utf8_argument(text):
-    """Return the argument *text*, which Python decoded as its locale has it, read as UTF-8."""
-    try:
-        return os.fsencode(text).decode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # PyPy reads UTF-8 in the C locale, and does not write it
-        return text
-
 def main(argv=None):
     """Run one command line and return its exit status."""
     if argv is None:  # UTF-8 whatever the locale
-        argv = list(map(utf8_argument, sys.argv[1:]))
-    terminal = Terminal(sys.stdin, sys.stdout, sys.stderr, os.environ)
+        argv = list(map(utf8_text, sys.argv[1:]))
     try:
+        terminal = Terminal(sys.stdin, sys.stdout, sys.stderr, os.environ)
         for number in ENDING_SIGNALS:
             if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(number, terminate)

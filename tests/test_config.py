@@ -321,7 +321,8 @@ oau |[deployment.a]
 
     "another is the current one": """\
   u |current = "b"  # not z
-oa r|current = "z"  # not z
+o  r|current = "z"  # not z
+ a  |current = "c"  # not z
     |
 oau |[deployment.a]
 oau |base_url = "A"
@@ -632,7 +633,7 @@ HARD = [  # and what of a (add), u (use), r (remove) is refused where all of TOM
     ("current quoted", '"current" = "a"\n' + BOTH, "ur"),
     ("current over many lines", 'current = """\na"""\n' + BOTH, "ur"),
     ("current below an array", "x = [\n[1],\n[2],\n]\ncurrent = 'a'\n" + BOTH, "ur"),
-    ("an array in a deployment", 'current = "z"\n[deployment.a]\nx = [\n[ 1 ],\n[2]\n]\n[deployment.b]\n', "r"),
+    ("an array in a deployment", 'current = "b"\n[deployment.a]\nx = [\n[ 1 ],\n[2]\n]\n[deployment.b]\n', "r"),
     ("an array of tables in a deployment", 'current = "a"\n' + BOTH + "[[deployment.a.hosts]]\nx = 1\n", "r"),
 ]
 OPEN = [
@@ -1117,6 +1118,42 @@ def test_the_folder_of_config_files_may_be_another(start, env, tmp_path):
     assert not os.path.exists(below_home)
 
 
+@pytest.mark.parametrize("changes", [{}, {"LC_ALL": "C", "LANG": None}], ids=["UTF-8", "C"])
+def test_names_in_the_environment_are_utf8(start, tmp_path, changes):
+    folder = tmp_path / "ключ"
+    children = [start("config", "path", *form, env=dict(changes, XDG_CONFIG_HOME=str(folder)))
+                for form in ([], ["-o", "json"])]
+    path = str(folder / "xeroctl" / "config.toml")
+    text, as_json = [child.finish() for child in children]
+    assert text == (0, path.encode() + b"\n", b"")
+    assert (as_json.status, json.loads(as_json.stdout.decode()), as_json.stderr) == (0, path, b"")
+    write_config(tmp_path, '[deployment."é"]\nbase_url = "https://h/v1"\n')
+    children = [start("config", "show", env=dict(changes, HOME=str(tmp_path), XEROTIER_CONTEXT=name))
+                for name in ("é", "ü")]
+    found, missing = [child.finish() for child in children]
+    assert found == (0, "name: é\nbase_url: https://h/v1\n".encode(), b"")
+    assert (missing.status, missing.stderr.decode().startswith("xeroctl: unknown context 'ü': ")) == (2, True)
+
+
+def test_changes_at_the_same_time_are_all_made(start, env):
+    path = write_config(env["HOME"], "")
+    names = [f"d{number}" for number in range(8)]
+    children = [start("config", "add", name, "--base-url", "https://h/v1") for name in names]
+    assert [child.finish().status for child in children] == [0] * len(names)
+    assert sorted(re.findall("deployment.(d.)]", path.read_text())) == names
+
+
+def test_an_empty_current_is_none(run, env):
+    path = write_config(env["HOME"], 'current = "" # not yet\n[deployment.a]\nbase_url = "https://a/v1"\n')
+    for arguments in (["status"], ["config", "show"]):
+        result = run(*arguments)
+        assert (result.status, b"no context is chosen" in result.stderr) == (2, True)
+    assert run("config", "remove", "a").status == 0
+    assert path.read_text() == 'current = "" # not yet\n'
+    assert run("config", "add", "b", "--base-url", "https://b/v1").status == 0
+    assert path.read_text().startswith('current = "b" # not yet\n')
+
+
 VERBS = [[], ["list"], ["show"], ["show", "prod"], ["use", "prod"], ["remove", "prod"], ADD]
 BROKEN = [
     (f'[deployment.prod]\napi_key = "{KEY}"\napi_key = "{KEY}"\n', 3),
@@ -1578,9 +1615,10 @@ def test_a_signal_ends_the_wait_for_a_program_and_the_program(start, home, progr
 def test_what_may_be_a_secret_is_masked_whatever_its_name(config, stored):
     stored('current = "a"\n[deployment.a]\nbase_url = "https://ann:hunter22@h/v1"\n'
            'api-key = "xero_acme_secret_0123"\nToken = "abc"\nnote = "shown"\n'
-           '[deployment.a.other]\ntoken = "abc"\n[deployment.a.keys]\nold = "abc"\n')
+           '[deployment.a.other]\ntoken = "abc"\nhint = "seen"\n[deployment.a.keys]\nold = "abc"\n'
+           '[deployment.a.headers]\nAuthorization = "Bearer abc"\n')
     for verb in ("list", "show"):
         for form in ("text", "json"):
             status, out, _ = config(verb, "-o", form)
             assert (status, b"hunter22" in out, b"secret_0123" in out, b"abc" in out) == (0, False, False, False)
-    assert b"note: shown\n" in config("show")[1]
+    assert b"note: shown\n" in config("show")[1] and b'"hint": "seen"' in config("show")[1]

@@ -121,11 +121,13 @@ def test_each_form_of_conversation_is_read(xeroctl, document, system, turns, que
     ([{"role": "user", "content": 17}], "messages[0]: no text in it"),
     ([{"role": "user", "content": " \n"}], "messages[0]: no text in it"),
     ([{"role": "user", "content": []}], "messages[0]: no text in it"),
+    ([{"role": "user", "content": [{"text": "x"}, {"image_url": "y"}]}], "messages[0]: a part of it is no text"),
     ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
      "messages[0]: no text in it"),
     (TWO_TURNS[:1] + [{"role": "assistant", "content": ""}], "messages[1]: no text in it"),
     (TWO_TURNS[:2] + ["two"], "messages[2]: no text in it"),
     ([None], "messages[0]: no text in it"),
+    ([{"role": "system", "content": " "}, {"role": "user", "content": " "}], "messages[1]: no text in it"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_anything_else_is_refused_with_what_is_wrong_and_where(xeroctl, document, sentence):
     with pytest.raises(xeroctl.UsageError) as caught:
@@ -403,9 +405,24 @@ def test_two_processes_at_once_lose_nothing(xeroctl, history, before):
 
 
 @pytest.mark.parametrize("path", ["/dev/null/xeroctl/history", "/dev"])
-def test_a_history_that_cannot_be_written_is_an_oserror(xeroctl, path):
-    with pytest.raises(OSError):
+def test_a_history_that_cannot_be_written_is_a_usage_error(xeroctl, path):
+    with pytest.raises(xeroctl.UsageError):
         xeroctl.append_history(path, "one")
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_a_history_is_cut_to_its_limit_whole_or_not_at_all(xeroctl, tmp_path, monkeypatch, failure):
+    history = tmp_path / "history"
+    history.write_text("".join(f'"{number}"\n' for number in range(1000)))
+
+    def fail(*unused):
+        raise failure
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises((xeroctl.UsageError, KeyboardInterrupt)):
+        xeroctl.append_history(str(history), "new")
+    assert xeroctl.read_history(str(history)) == [str(number) for number in range(1000)]
+    assert [path.name for path in tmp_path.iterdir()] == ["history"]
 
 
 # -- Private files ---------------------------------------------------

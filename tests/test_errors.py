@@ -263,7 +263,7 @@ USAGE_ERRORS = [
 
 @pytest.mark.parametrize("arguments, message", USAGE_ERRORS, ids=[message[:40] for _, message in USAGE_ERRORS])
 def test_a_usage_error_is_one_line_or_one_json_object(start, arguments, message):
-    children = [start(*form, *arguments) for form in ([], ["-o", "json"], ["--output=json"])]
+    children = [start(*form, *arguments) for form in ([], ["-o", "json"], ["--output=json"], ["-qvojson"], ["-qo", "json"])]
     text, *as_json = [child.finish() for child in children]
     assert (text.status, text.stdout, text.stderr.count(b"\n")) == (2, b"", 1)
     assert text.stderr.decode().startswith("xeroctl: " + message)

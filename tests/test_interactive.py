@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import select
 import signal
 import stat
 import subprocess
@@ -105,6 +106,19 @@ def state(env):
 def recovered(state):
     names = os.listdir(state) if os.path.isdir(state) else []
     return [os.path.join(state, name) for name in names if name.startswith("recovered-")]
+
+
+@pytest.fixture
+def bash_pipe(start, server, interpreter, env):
+    """Send lines to a chat whose output only head reads."""
+    server.always(answer())
+
+    def bash_pipe(lines):
+        words = ["bash", "-c", '"$@" | head -n 1', "bash", interpreter, str(XEROCTL), *options(server, "-q")]
+        done = subprocess.run(words, input=lines.encode(), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return done.returncode, done.stdout, done.stderr
+
+    return bash_pipe
 
 
 def program(path, text):
@@ -405,6 +419,33 @@ def test_an_editor_that_fails_sends_nothing(talk, server, editor):
     assert server.requests == []
 
 
+@pytest.mark.parametrize("text, how, words", [
+    ("written", "exit 1", "my-ed failed: nothing was sent: what it saved is in "), ("\\351", "", "is not UTF-8 text"),
+], ids=["status 1", "Latin-1"])
+def test_what_an_editor_saved_stays_where_it_is_not_sent(talk, server, tmp_path, text, how, words):
+    editor = program(tmp_path / "my-ed", f'printf "{text}" >"$1"; printf %s "$1" >"$NAME"; {how}')
+    child = talk(env={"EDITOR": editor, "NAME": str(tmp_path / "name"), "TMPDIR": str(tmp_path)}, columns=200)
+    line = "".join(enter(child, "/edit", 200))
+    name = (tmp_path / "name").read_text()
+    assert name in line and words in line
+    leave(child)
+    with open(name, "rb") as file:
+        assert file.read() == (b"written" if how else b"\xe9")
+
+
+def test_what_an_editor_saved_outlives_a_signal(talk, server, tmp_path):
+    editor = program(tmp_path / "my-ed", 'printf written >"$1"; printf %s "$1" >"$NAME"; echo ready; exec sleep 60')
+    child = talk(env={"EDITOR": editor, "NAME": str(tmp_path / "name"), "TMPDIR": str(tmp_path)}, columns=200)
+    child.send("/edit\r")
+    child.expect("ready")
+    child.signal(signal.SIGTERM)
+    assert child.finish() == 128 + signal.SIGTERM
+    name = (tmp_path / "name").read_text()
+    assert f"what {editor} saved is in {name}".encode() in child.output
+    with open(name) as file:
+        assert file.read() == "written"
+
+
 def test_ctrl_c_in_an_editor_is_the_editors_own_business(talk, server, tmp_path):
     editor = program(tmp_path / "my-ed", "trap 'echo kept >\"$1\"; exit 0' INT; echo ready; read -r line")
     server.script(answer())
@@ -501,6 +542,23 @@ def test_a_loaded_question_without_an_answer_is_back_with_up(talk, server, tmp_p
     assert said(server, 1) == TURN + [("user", "two")]
 
 
+def test_a_loaded_question_that_looks_like_a_command_comes_back_as_a_message(talk, server, tmp_path):
+    (tmp_path / "c.json").write_text('[{"role": "user", "content": "/etc what?"}]')
+    server.script(answer())
+    child = talk(cwd=str(tmp_path))
+    enter(child, "/load c.json")
+    assert enter(child, UP)[0] == "Hello!"
+    leave(child)
+    assert said(server, 1) == [("user", "/etc what?")]
+
+
+def test_a_blank_system_message_is_saved_and_loaded(pipe, server, tmp_path):
+    server.always(answer("eins"))
+    path = tmp_path / "c.json"
+    assert pipe(f"one\n/save {path}\n/load {path}\ntwo\n", "--system", " ")[0] == 0
+    assert said(server, 2) == [("system", " ")] + TURN + [("user", "two")]
+
+
 def test_tokens_outlive_clear_load_and_undo(pipe, server):
     server.always(answer("eins"))
     lines = pipe("one\ntwo\n/undo\n/clear\n/tokens\n")[2]
@@ -576,6 +634,32 @@ def test_ctrl_c_at_a_prompt_drops_the_line(talk, server):
     assert said(server, 1) == [("user", "one")]
 
 
+def test_a_ctrl_c_key_that_is_held_down_leaves_the_chat_alive(talk, server):
+    server.always(answer())
+    child = talk()
+    enter(child, "one")
+    for _ in range(200):
+        child.signal(signal.SIGINT)
+        select.select([], [], [], 0.001)  # no keyboard is faster
+    child.send("two\r")
+    child.expect("Hello!")
+    child.expect(PROMPT)
+    leave(child)
+    assert said(server, 2)[-1] == ("user", "two")
+
+
+def test_ctrl_c_in_a_retry_before_its_first_token_keeps_the_old_answer(talk, server):
+    server.script(answer("eins"), [stream_head(), Hold()], answer())
+    child = talk()
+    enter(child, "one")
+    child.send("/retry\r")
+    server.wait_requests(2)
+    interrupt(child, "stopped: the old answer stays", PROMPT)
+    enter(child, "two")
+    leave(child)
+    assert said(server, 3) == TURN + [("user", "two")]
+
+
 def test_ctrl_c_before_the_first_token_takes_the_question_back(talk, server):
     server.script(answer("eins"), Hold(), answer())
     child = talk()
@@ -624,6 +708,20 @@ def test_ctrl_c_while_a_pipe_is_answered_ends_the_chat(start, server):
     child.signal(signal.SIGINT)
     result = child.finish()
     assert (result.status, result.stdout) == (130, b"Hel\n")
+
+
+def test_a_signal_in_a_continued_message_leaves_its_start_in_the_history(talk, server, state):
+    child = talk()
+    child.send("one\\\r")
+    child.expect(MORE)
+    end(child, "SIGTERM")
+    with open(os.path.join(state, "history")) as file:
+        assert file.read() == '"one\\\\"\n'
+
+
+def test_a_reader_that_goes_from_a_pipe_leaves_no_file(bash_pipe, state):
+    assert bash_pipe("one\ntwo\nthree\n") == (0, b"Hello!\n", b"")
+    assert recovered(state) == []
 
 
 def test_our_own_crash_keeps_the_conversation_and_shows_its_traceback(interpreter, server, env, state, tmp_path):

@@ -564,14 +564,30 @@ def test_a_proxy_gets_its_password_and_nobody_sees_it(run, server):
 
 @pytest.mark.parametrize("variable", ["https_proxy", "HTTPS_PROXY"])
 def test_https_asks_the_proxy_for_a_tunnel(run, server, variable):
-    server.script(response(b"", "502 Bad Gateway"))
+    server.script(*[response(b"", "502 Bad Gateway")] * 2)
     proxy = server.url.replace("://", "://user:word@")
-    result = run(*ask("https://api.invalid/v1", "--api-key", "xero_acme_secret"), env={variable: proxy})
-    request = server.requests[0]
-    assert (result.status, result.stdout, result.stderr.count(b"\n")) == (6, b"", 1)
+    result = run(*ask("https://api.invalid/v1", "--api-key", "xero_acme_secret", "--retries", "1"), env={variable: proxy})
+    request = server.requests[1]
+    place = f"the proxy 127.0.0.1:{server.port}"
+    assert (result.status, result.stdout, result.stderr.count(b"\n")) == (6, b"", 2)
+    assert result.stderr.endswith(f"xeroctl: {place} does not connect us: HTTP 502 Bad Gateway\n".encode())
     assert (request.method, request.target) == ("CONNECT", "api.invalid:443")
     assert request.headers["proxy-authorization"] == basic("user:word")
     assert b"xero_acme_secret" not in request.raw_head
+
+
+def test_a_proxy_that_wants_a_user_for_a_tunnel_says_so(run, server):
+    server.script(response(b"", "407 Proxy Authentication Required"))
+    result = run(*ask("https://api.invalid/v1"), env={"https_proxy": server.url})
+    assert result == (4, b"", f"xeroctl: the proxy 127.0.0.1:{server.port} does not connect us: HTTP 407 Proxy "
+                      "Authentication Required: the proxy wants a user and password: put them into its URL\n".encode())
+
+
+def test_a_proxy_that_is_silent_about_a_tunnel_is_not_taken_for_one_without_tls(run, server):
+    server.script(Hold())
+    result = run(*ask("https://api.invalid/v1", "--connect-timeout", "0.3"), env={"https_proxy": server.url})
+    assert result == (6, b"", f"xeroctl: no connection to the proxy 127.0.0.1:{server.port} within 0.3 s: "
+                      "see --connect-timeout\n".encode())
 
 
 def test_tls_goes_through_the_tunnel(run, server, far_certificate):
@@ -588,6 +604,7 @@ def test_tls_goes_through_the_tunnel(run, server, far_certificate):
                  env={"https_proxy": server.url.replace("://", "://user:word@")})
     assert result == (0, b"Hello!\n", b"")
     assert (seen[0].target, seen[0].headers["authorization"]) == (FAR_PATH, "Bearer xero_acme_secret")
+    assert seen[0].headers["host"] == "api.invalid"
     assert "proxy-authorization" not in seen[0].headers
 
 
@@ -703,6 +720,13 @@ def test_an_untrusted_certificate_is_refused_with_a_way_out(run, secure):
     assert (result.status, result.stdout, secure.requests, len(secure.gone)) == (6, b"", [], 1)
     assert re.fullmatch(rb"xeroctl: TLS with 127.0.0.1:\d+ failed: [^\n]*certificate[^\n]*"
                         rb"--cacert FILE[^\n]*SSL_CERT_FILE\n", result.stderr)
+
+
+def test_a_certificate_for_another_host_is_not_a_matter_of_authorities(run, far_certificate):
+    with loopback.Server(tls_context=context_for(far_certificate)) as server:
+        result = run(*ask(server.url + "/v1", "--cacert", str(far_certificate)))
+    assert (result.status, result.stdout, result.stderr.count(b"\n")) == (6, b"", 1)
+    assert b"127.0.0.1" in result.stderr and b"authority" not in result.stderr
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])

@@ -1,12 +1,15 @@
 """The tool as a process: signals, streams that are closed or full, interpreters with parts missing, many at once."""
 
 import ctypes
+import fcntl
 import json
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from threading import Event
 
 import pytest
@@ -106,6 +109,21 @@ def test_a_signal_ends_it_while_it_reports_an_error(start, number):
     assert child.process.returncode == -number
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_it_while_nobody_reads(start, server, number):
+    server.script([stream_head()] + [sse(chunk("lolo")) * 17000, Hold()])
+    reader, writer = os.pipe()
+    child = start(*ask(server, "--stream"), stdout=writer)
+    os.close(writer)
+    held = 0
+    while held < 65536:  # then the pipe is full
+        select.select([], [], [], 0.02)
+        held = struct.unpack("i", fcntl.ioctl(reader, termios.FIONREAD, b"    "))[0]
+    child.signal(number)
+    assert child.finish(timeout=5) == (128 + number, b"", b"")
+    os.close(reader)
+
+
 def test_ctrl_c_with_json_keeps_whole_lines(start, server):
     server.script([HEL, Hold()])
     child = start(*ask(server, "--stream", "-o", "json"))
@@ -174,6 +192,32 @@ def test_a_reader_that_goes_ends_the_stream_quietly(start, server):
     gate.set()
     assert child.finish(timeout=5) == (141, b"", b"")
     assert server.gone[0].wait(SOON_SECONDS)
+
+
+@pytest.mark.parametrize("options", [(), ("-m", "-"), ("-i",)], ids=" ".join)
+def test_a_stdin_that_cannot_be_read_is_one_line(start, server, options):
+    with open(os.devnull, "wb") as only_written:
+        result = start(*ask(server)[:5], *options, stdin=only_written).finish()
+    assert (result.status, result.stdout) == (2, b"")
+    assert result.stderr == b"xeroctl: cannot read standard input: Bad file descriptor\n"
+
+
+def test_a_stdin_that_does_not_wait_is_waited_for(start, server):
+    server.always(HELLO)
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    child = start(*ask(server, "-i", "-q"), stdin=reader)
+    os.close(reader)
+    os.write(writer, b"one\n")
+    server.wait_requests(1)
+    child.expect("Hello!\n" * 2)  # to -m and to the first line
+    os.write(writer, b"tw")
+    select.select([], [], [], 0.1)
+    os.write(writer, b"o\n")
+    child.expect("Hello!\n")
+    os.close(writer)
+    assert child.finish() == (0, b"Hello!\n" * 3, b"")
+    assert [request.json["messages"][-1]["content"] for request in server.requests] == ["Hi", "one", "two"]
 
 
 def test_a_pipe_to_head_ends_quietly(bash, server):

@@ -525,7 +525,7 @@ def told(result):
 
 ONE_BY_ONE = [stream_head(), sse(chunk("One")), Call(moment), sse(chunk(" two")), Call(moment),
               sse(chunk(" three")), Call(moment), sse(chunk(finish="stop"), DONE)]
-IN_ONE_PIECE = "in one piece: this server does not stream"
+IN_ONE_PIECE = "in one piece: it may be that this server does not stream"
 HELD_BACK = "in one lump: something on the way, a proxy perhaps, holds the stream back"
 
 

@@ -3,6 +3,7 @@
 import re
 import select
 import subprocess
+import threading
 from threading import Event
 
 import pytest
@@ -117,6 +118,26 @@ def test_the_spinner_fits_a_narrow_terminal(terminal, server, columns):
     drawn = re.findall(rb"\r([^\r\n\x1b]*)\x1b\[K", child.output)
     assert max(map(len, drawn)) == min(columns - 1, 28)
     assert "".join(screen(child.output, columns=columns)) == "Hi"
+
+
+def test_a_server_cannot_drive_the_terminal_through_the_spinner(terminal, server):
+    code = "日本" * 30 + "\x1b]0;t\x07\x1b[2J\nline"
+    server.script(json_response({"error": {"message": "no", "code": code}}, "503 Busy", {"Retry-After": "1"}), HELLO)
+    child = terminal(*ask(server, "--retries", "1"), columns=40)
+    assert child.finish() == 0
+    assert screen(child.output, columns=40) == ["Hello!"]
+    assert b"\x1b]" not in child.output and b"\x1b[2J" not in child.output
+
+
+def test_a_spinner_that_was_kept_from_its_start_can_be_stopped(xeroctl, monkeypatch):
+    def start(thread):
+        raise KeyboardInterrupt
+
+    spinner = xeroctl.Spinner(None, True)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        spinner.__enter__()
+    spinner.stop()
 
 
 def test_ctrl_c_leaves_no_spinner(terminal, server):
