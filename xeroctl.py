@@ -36,6 +36,7 @@ The file reads bottom-up: a room uses only the rooms above it, and data flows on
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -641,7 +642,7 @@ class Reply:
         self.id = self.model = None
         self.usage = parse_usage(None)
         self.chunks = 0  # with text in them
-        self.seconds = self.first_token_seconds = None  # from sending the request
+        self.seconds = self.first_token_seconds = None  # with those for connecting
 
     def forget(self):
         """Drop all that came: the try that it came from failed."""
@@ -751,6 +752,10 @@ def retry_after_seconds(headers, details):
             seconds = mktime_tz(parsedate_tz(value)) - mktime_tz(parsedate_tz(headers.get("Date")))
     return max(0, min(seconds, MAX_NUMBER)) if seconds is not None else None
 
+def may_pass(status):
+    """Tell whether a failure of this HTTP status is worth another try."""
+    return status in (408, 409, 429) or 500 <= status <= 599
+
 _HINTS = {
     401: "check the API key",
     403: "this key may not do that: check its scopes",
@@ -784,7 +789,7 @@ def build_error(document, status, headers, api_key, where=""):
     kind = {401: AuthError, 403: AuthError, 429: RateLimitError}.get(
         effective, RefusedError if 400 <= effective <= 499 else ServerError)
     return kind(message, None if status == 200 else status, code, request_id,
-                retryable=effective in (408, 409, 429) or 500 <= effective <= 599,
+                retryable=may_pass(effective),
                 retry_after=retry_after_seconds(headers, details))
 
 def parse_error(data, status, headers, api_key, where=""):
@@ -1168,6 +1173,7 @@ def find_proxy(url):
                          "it has to be like http://HOST:PORT")
     return parts
 
+@functools.lru_cache(maxsize=None)  # it takes 50 ms to read the authorities
 def tls_context(cacert):
     """Return a TLS context that trusts the file *cacert*, or the system's authorities for None."""
     try:
@@ -1208,7 +1214,7 @@ def resolve(host, port, seconds):
 def connect_error(error, place, seconds, reached):
     """Return the NetworkError for *error*, raised while connecting to *place*.
 
-    *reached* says that it was raised after that, by TLS or a proxy.
+    *reached* says that it was raised after that, by TLS.
     """
     import socket
 
@@ -1242,7 +1248,7 @@ def tunnel_error(error, place, seconds):
     status, message = int(answer.group(2)), f"{place} does not connect us: HTTP {answer.group(1)}"
     if status == 407:
         return RefusedError(f"{message}: {_HINTS[status]}", status)
-    return NetworkError(message, status, retryable=status >= 500)
+    return NetworkError(message, status, retryable=may_pass(status))
 
 def exchange_error(error, place, seconds, begun):
     """Return the error for *error*, raised by the connection to *place* once it stood.
@@ -1454,23 +1460,26 @@ def open_response(request, settings, trace):
     from urllib.parse import urlsplit
 
     proxy = find_proxy(request.url)
-    place, through = urlsplit(request.url).netloc, ""
+    speaker = place = urlsplit(request.url).netloc
+    through = ""
     if proxy:
         place = "the proxy " + proxy.netloc.rpartition("@")[2]
         through = " through " + place
+        if not request.url.startswith("https:"):
+            speaker = place
     with contextlib.ExitStack() as stack:
         stack.enter_context(heartbeat())
         try:
             response = stack.enter_context(send_request(request, settings, place, proxy, trace))
         except (OSError, ValueError, http.client.HTTPException) as error:
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
-            raise exchange_error(cause, place, settings.timeout, False) from error
+            raise exchange_error(cause, speaker, settings.timeout, False) from error
         version = {10: "1.0"}.get(response.version, "1.1")
         trace([f"< HTTP/{version} {response.status} {response.reason}"]
               + [f"< {name}: {value}" for name, value in response.headers.items()])
         if "Date" not in response.headers:  # as RFC 9110, 6.6.1, wants it
             response.headers["Date"] = formatdate()
-        chunks = response_chunks(response, place, settings.timeout)
+        chunks = response_chunks(response, speaker, settings.timeout)
         if response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
             chunks = inflated(chunks)
         yield Response(response.status, response.headers, chunks, through)
@@ -1918,6 +1927,7 @@ def receive(request, settings, trace):
         if response.status == 204:
             return {}
         document = whole_document(response.chunks, response.through)
+        # Not is_error: what answers here may be a list, or have a message.
         if field(document, "error", (str, dict)) or field(document, "object", str) == "error":
             raise build_error(document, 200, response.headers, settings.api_key)
         return document
@@ -1980,7 +1990,7 @@ def fetch(request, settings, terminal):
 def ask(request, settings, terminal, renderer, reply):
     """Send *request*, show the answer through *renderer* as it comes, and add it to *reply*.
 
-    What may be retried is, as long as no token came.
+    What may be retried is, as long as no token came and nothing was shown.
     """
     def attempt(spinner):
         reply.forget()
@@ -2164,9 +2174,8 @@ class LineEditor:
         self._terminal = terminal
         self._history_path = history_path
         self._before, self._after = "", ""
-        self.abandoned = ""  # what stood on the line when Ctrl+C ended it
-        self.armed = False  # to raise KeyboardInterrupt for the next Ctrl+C, and only that one
-        self._reading = False
+        self.abandoned = None  # what stood on the line when Ctrl+C ended it
+        self._armed = self._reading = False
         self.ends_line = not terminal.out.dumb  # at the end of the input, as readline does
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
             signal.signal(signal.SIGINT, self._interrupt)
@@ -2192,13 +2201,17 @@ class LineEditor:
         for entry in read_history(history_path):
             self._recall(entry)
 
+    def arm(self):
+        """Let one Ctrl+C raise KeyboardInterrupt; further ones are dropped until the next call."""
+        self._interruption, self._armed = KeyboardInterrupt(), True
+
     def read(self, prompt):
         """Return the next line; raise EOFError at the end of the input."""
-        self.abandoned, self._reading = "", True
+        self.abandoned, self._reading = None, True
         try:
             line = self._terminal.read_line(self._before + prompt + self._after)
         except KeyboardInterrupt:
-            self.armed = False
+            self._armed = False
             raise
         finally:
             self._reading = False
@@ -2220,11 +2233,13 @@ class LineEditor:
             self._readline.add_history(data.decode("ascii", "surrogateescape"))
 
     def _interrupt(self, number, frame):
-        if self.armed:  # else what the last one led to is still being done
-            self.armed = self._reading  # input() breaks where a second one does not raise again
-            if self._reading and self._readline and not self.abandoned:
+        if self._armed:  # else what the last one led to is still being done
+            # input() may call us again with the first one raised; then all that works is to raise
+            # what is there: any call, even that of an exception's class, is a SystemError.
+            self._armed = self._reading
+            if self._reading and self._readline and self.abandoned is None:
                 self.abandoned = self._readline.get_line_buffer()  # which it is about to forget
-            raise KeyboardInterrupt
+            raise self._interruption
 
     def _complete(self, text, state):
         if state == 0:
@@ -2354,7 +2369,7 @@ def do_tokens(chat, argument):
          + f"messages: {2 * len(chat.conversation.turns)}")
 
 def do_retry(chat, argument):
-    """Ask the last question again; its old answer stays until there is a new one."""
+    """Ask the last question again; its old answer stays until a new one, or what Ctrl+C left."""
     if not chat.conversation.turns:
         raise UsageError("nothing to ask again yet")
     *turns, (question, _) = chat.conversation.turns
@@ -2417,7 +2432,7 @@ CHAT_COMMANDS = (
     ChatCommand("/tokens", "", do_tokens, "show the session's token totals"),
     ChatCommand("/retry", "", do_retry, "ask the last question again, replace the answer"),
     ChatCommand("/undo", "", do_undo, "take the last question and answer back"),
-    ChatCommand("/edit", "", do_edit, "write the message in $VISUAL or $EDITOR"),
+    ChatCommand("/edit", "TEXT", do_edit, "write the message in $VISUAL or $EDITOR"),
     ChatCommand("/quit", "", do_quit, "end the session, show its token totals"),
 )
 
@@ -2467,7 +2482,7 @@ def take_input(chat, first):
     reading = True
     try:
         if chat.editor:
-            chat.editor.armed = True
+            chat.editor.arm()
         line = first or read_input(chat)
         reading = False
         handle(chat, line)
@@ -2928,8 +2943,8 @@ def run_status(options, terminal):
         with open_settings(options, terminal, endpoint_needed=False) as settings:
             request = models_request(settings)
             find_proxy(request.url)
-            if settings.cacert:
-                tls_context(settings.cacert)
+            if origin(request.url)[0] == "https":
+                tls_context(settings.cacert)  # now, for the same reason
             steps.add("settings", settings_sentence(settings), base_url=settings.base_url,
                       api_key=masked(settings.api_key), endpoint=settings.endpoint,
                       sources=settings.sources)

@@ -641,8 +641,11 @@ def test_a_ctrl_c_key_that_is_held_down_leaves_the_chat_alive(talk, server):
     for _ in range(200):
         child.signal(signal.SIGINT)
         select.select([], [], [], 0.001)  # no keyboard is faster
-    child.send("two\r")
-    child.expect("Hello!")
+    for timeout in (2, 2, 10):  # the last one may be seen with the next key, and takes that line with it
+        child.send("two\r")
+        with contextlib.suppress(AssertionError) if timeout == 2 else contextlib.ExitStack():
+            child.expect("Hello!", timeout)
+            break
     child.expect(PROMPT)
     leave(child)
     assert said(server, 2)[-1] == ("user", "two")

@@ -590,6 +590,19 @@ def test_a_proxy_that_is_silent_about_a_tunnel_is_not_taken_for_one_without_tls(
                       "see --connect-timeout\n".encode())
 
 
+def test_a_server_that_is_silent_in_a_tunnel_is_named(run, server, far_certificate):
+    def tunnel(sock):
+        sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        with context_for(far_certificate).wrap_socket(sock, server_side=True) as tls:
+            while tls.recv(65536):
+                pass
+
+    server.script([Call(tunnel)])
+    result = run(*ask("https://api.invalid/acme/v1", "--cacert", str(far_certificate), "--timeout", "0.3"),
+                 env={"https_proxy": server.url})
+    assert result == (6, b"", b"xeroctl: api.invalid sent nothing for 0.3 s: see --timeout\n")
+
+
 def test_tls_goes_through_the_tunnel(run, server, far_certificate):
     seen = []
 

@@ -172,7 +172,7 @@ def test_help_and_version_load_nothing_heavy(run, options):
 
 
 def test_what_is_imported_at_the_top_is_in_every_python():
-    allowed = {"argparse", "codecs", "contextlib", "errno", "itertools", "json", "os", "re", "signal", "sys", "time",
+    allowed = {"argparse", "codecs", "contextlib", "errno", "functools", "itertools", "json", "os", "re", "signal", "sys", "time",
                "collections", "locale", "math", "shutil", "stat"}
     imported = {alias.name for node in TREE.body if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in TREE.body if isinstance(node, ast.ImportFrom)}
