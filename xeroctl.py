@@ -2795,7 +2795,7 @@ def run_config_init(options, terminal):
     try:
         name = asked(terminal.read_line, "name [default]: ", check_new_name, terminal)
         options.base_url = options.base_url or asked(
-            terminal.read_line, "base URL, such as https://api.xerotier.ai/PROJECT/v1: ",
+            terminal.read_line, "base URL (Xerotier .../PROJECT/v1, else .../chat/completions): ",
             check_base_url, terminal)
         options.api_key = options.api_key if options.api_key != "-" else None
         options.api_key = options.api_key or asked(

@@ -1207,7 +1207,7 @@ def test_no_key_is_ever_shown_in_full(config, stored):
 
 # -- init ------------------------------------------------------------
 
-NAME, URL, SECRET, KEEP = "name [default]: ", "PROJECT/v1: ", "Enter for none: ", "Keep it all the same? [y/N] "
+NAME, URL, SECRET, KEEP = "name [default]: ", "completions): ", "Enter for none: ", "Keep it all the same? [y/N] "
 CTRL_C, CTRL_D = "\x03", "\x04"
 
 
@@ -1262,7 +1262,8 @@ def test_init_asks_until_it_has_an_answer_and_checks_the_address(init, server):
     assert (request.method, request.target) == ("GET", "/acme/v1/models")
     assert request.headers["authorization"] == "Bearer " + KEY
     path = child.home / ".config" / "xeroctl" / "config.toml"
-    asks_url, asks_key = "base URL, such as https://api.xerotier.ai/PROJECT/v1: ", "API key, not shown; Enter for none:"
+    asks_url = "base URL (Xerotier .../PROJECT/v1, else .../chat/completions): "
+    asks_key = "API key, not shown; Enter for none:"
     assert " ".join(screen(child.output, 400)).split() == " ".join([
         "name [default]: a b", "xeroctl: " + WRONG_NAME % "'a b'", "name [default]: prod",
         asks_url, "xeroctl: " + WRONG_URL % "", asks_url, "api.example/v1", "xeroctl: " + WRONG_URL % "api.example/v1",
