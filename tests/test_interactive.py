@@ -542,7 +542,7 @@ def test_a_loaded_question_without_an_answer_is_back_with_up(talk, server, tmp_p
     assert said(server, 1) == TURN + [("user", "two")]
 
 
-def test_a_loaded_question_that_looks_like_a_command_comes_back_as_a_message(talk, server, tmp_path):
+def test_a_loaded_question_that_looks_like_a_command_comes_back_with_up_as_a_message(talk, server, tmp_path):
     (tmp_path / "c.json").write_text('[{"role": "user", "content": "/etc what?"}]')
     server.script(answer())
     child = talk(cwd=str(tmp_path))
