@@ -310,7 +310,7 @@ def test_deployments_are_added_chosen_and_removed(run, env, server):
 def test_a_deployment_is_asked_for_at_a_console(terminal, server, env):
     server.script(json_response({"data": []}))
     child = terminal("config", "init", columns=200)
-    replies = (("name [default]: ", ""), ("/v1: ", server.url + "/v1"), ("none: ", "xero_aaaaaaaaaaaaaaaa"))
+    replies = (("name [default]: ", ""), ("completions): ", server.url + "/v1"), ("none: ", "xero_aaaaaaaaaaaaaaaa"))
     for question, reply in replies:
         child.expect(question)
         child.send(reply + "\r")
