@@ -1436,10 +1436,10 @@ def heartbeat():
     or one that another thread was given, would not be seen until the server sends a byte.
     """
     ours = hasattr(signal, "setitimer") and not any(signal.getitimer(signal.ITIMER_REAL))
-    if ours:  # else a limit in time that our parent set, which outlives exec, or not POSIX
-        signal.signal(signal.SIGALRM, lambda number, frame: None)
-        signal.setitimer(signal.ITIMER_REAL, HEARTBEAT_SECONDS, HEARTBEAT_SECONDS)
     try:
+        if ours:  # else a limit in time that our parent set, which outlives exec, or not POSIX
+            signal.signal(signal.SIGALRM, lambda number, frame: None)
+            signal.setitimer(signal.ITIMER_REAL, HEARTBEAT_SECONDS, HEARTBEAT_SECONDS)
         yield
     finally:
         if ours:
@@ -2708,7 +2708,7 @@ def run_config_path(options, terminal):
         terminal.answer(path + "\n")
 
 def add_deployment(name, base_url, api_key, terminal):
-    """Put a new deployment into the config file; the first one becomes the current one."""
+    """Put a new deployment into the config file; it becomes the current one if there is none."""
     values = {"base_url": check_base_url(base_url)}
     if api_key:
         values["api_key"] = check_api_key(api_key)

@@ -795,6 +795,23 @@ def test_an_unsaved_conversation_outlives_a_signal(talk, pipe, server, state, ho
     assert said(server, 3) == TURN + [("user", "two"), ("assistant", "Hel"), ("user", "three")]
 
 
+def test_a_system_message_set_after_saving_is_unsaved(talk, server, state, tmp_path):
+    server.script(answer("eins"))
+    child = talk(cwd=str(tmp_path))
+    for line in ("one", "/save saved.json", "/system be short"):
+        enter(child, line)
+    end(child, "SIGTERM")
+    [path] = recovered(state)
+    with open(path) as file:
+        assert json.load(file)["messages"][0] == {"role": "system", "content": "be short"}
+
+
+def test_ctrl_d_ends_the_line_of_the_prompt_on_a_dumb_terminal(talk, server):
+    child = talk(env={"TERM": "dumb"})
+    leave(child, "\x04")
+    assert screen(child.output)[-2:] == [">", "tokens: 0 prompt, 0 completion; messages: 0"]
+
+
 @pytest.mark.parametrize("how", sorted(ENDS))
 @pytest.mark.parametrize("lines", [(), ("one", "/save saved.json"), ("one", "/clear")], ids=["new", "saved", "cleared"])
 def test_nothing_is_recovered_where_nothing_is_unsaved(talk, server, state, tmp_path, how, lines):

@@ -171,6 +171,26 @@ def test_a_ctrl_c_that_another_thread_is_given_is_seen(interpreter, env, server)
     assert server.gone[0].wait(SOON_SECONDS)
 
 
+def test_a_ctrl_c_as_the_heartbeat_starts_leaves_no_timer(xeroctl, monkeypatch):
+    # One that is left would end input() with a SystemError on Python 3.6, and the process at its end.
+    really = signal.setitimer
+
+    def interrupted(which, seconds, interval=0):
+        really(which, seconds, interval)
+        if seconds:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(signal, "setitimer", interrupted)
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        with pytest.raises(KeyboardInterrupt), xeroctl.heartbeat():
+            pass
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    finally:
+        really(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_an_alarm_of_the_parent_goes_off(started, interpreter, server):
     server.script([Hold()])
     child = started([sys.executable, "-c", "import os, signal, sys; signal.alarm(1); os.execv(sys.argv[1], sys.argv[1:])",
