@@ -3,23 +3,24 @@
 import argparse
 import importlib
 import os
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import zlib
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
 import loopback
-from terminal import Process, Result, Terminal, checked, exit_status
+from driver import Driver
+from terminal import Process, Terminal
 
 TOP = Path(__file__).resolve().parent.parent
-XEROCTL = TOP / "xeroctl.py"
-sys.path.insert(0, str(TOP))
+XEROCTL = Path(os.environ.get("XEROCTL_FILE") or TOP / "xeroctl.py").resolve()
+sys.path.insert(0, str(XEROCTL.parent))
 
 
 def interpreter_path(text):
@@ -36,42 +37,40 @@ def interpreter_name(path):
     return "python" + ".".join(version.split(".")[:2])
 
 
-VARIANTS = {  # name: options of the interpreter, variables where a test sets no others, a module that is missing
-    "dev": (["-X", "dev", "-W", "error"], {}, None),
-    "isolated": (["-S", "-E", "-I"], {}, None),
-    "O": (["-O"], {}, None),
-    "OO": (["-OO"], {}, None),
-    "no-ssl": ([], {}, "ssl"),
-    "no-readline": ([], {}, "readline"),
-    "C": ([], {"LC_ALL": "C"}, None),
-    "latin-1": ([], {"PYTHONIOENCODING": "latin-1"}, None),
+Variant = namedtuple("Variant", [
+    "options",    # of the interpreter
+    "variables",  # where a test sets no others
+    "missing",    # name of a module that cannot be imported, or None
+    "lacks",      # what a test marked needs(...) does not find there
+])
+
+# Each starts the interpreter through a shell, which drops the rights of root.
+VARIANTS = {
+    "dev": Variant(["-X", "dev", "-W", "error"], {}, None, {"root"}),
+    "isolated": Variant(["-S", "-E", "-I"], {}, None, {"root", "python-variables"}),
+    "O": Variant(["-O"], {}, None, {"root"}),
+    "OO": Variant(["-OO"], {}, None, {"root"}),
+    "no-ssl": Variant([], {}, "ssl", {"root", "bare-environment", "tls"}),
+    "no-readline": Variant([], {}, "readline", {"root", "bare-environment", "readline"}),
+    "C": Variant([], {"LC_ALL": "C"}, None, {"root", "bare-environment", "wide-readline"}),
+    "latin-1": Variant([], {"PYTHONIOENCODING": "latin-1"}, None, {"root", "bare-environment", "utf-8-terminal"}),
 }
-SHOWN_ON_A_TERMINAL = (
-    "(stderr_in_a_pipe_is|cannot_drive_the_terminal|sends_drives_the_terminal|shows_models_under_a_header"
-    "|get_on_a_terminal_does_not|the_file_drives_a_terminal|shows_a_failure_below_its_step|columns_stay_in_line)")
-VARIANT_SKIPS = [  # variants, tests, why these cannot hold there; tests with the certificate fixture need TLS too
-    ("no-ssl", "tls|https|cacert|certificate|tunnel|connecting|handshake", "needs TLS"),
-    ("no-readline", "keys_of_the_manual|tab_completes|a_pasted_block|what_is_typed_is_utf8|colour_has_no_width"
-     "|history_lasts|history_entry_of_many|history_that_cannot|wide_characters_in_a_narrow|is_back_with_up"
-     "|comes_back_with_up|takes_the_question_back|keys_typed_during_a_reply|leaves_its_start_in_the_history",
-     "needs readline"),
-    ("isolated", "a_python_without_ssl_says|a_terminal_that_cannot_show_a_character", "sets variables of Python"),
-    ("latin-1", SHOWN_ON_A_TERMINAL + "|wide_characters_in_a_narrow|history_entry_of_many|what_is_typed_is_utf8"
-     "|a_pasted_block|a_terminal_that_cannot_show_a_character", "a terminal has the encoding of the variant"),
-    ("C", f"({SHOWN_ON_A_TERMINAL}|init_asks_until).*" + r"python3\.6", "a terminal has ASCII before Python 3.7"),
-    ("C", "wide_characters_in_a_narrow", "this readline draws bytes"),
-    (" ".join(VARIANTS), "a_user_without_a_name", "the shell of the variant drops the rights of root"),
-    ("C latin-1 no-ssl no-readline", "test_run_builds_the_environment", "the variant is a variable"),
+NEEDS = set().union(*(variant.lacks for variant in VARIANTS.values()))
+STARTED_EVERY = 8  # of so many tests that could run in a warm interpreter, one starts its own
+MARKERS = [
+    "needs(feature, ...): skipped where the --variant lacks one of these: " + ", ".join(sorted(NEEDS)),
+    "smoke: part of tests/run --quick, and of what CI runs on every Python and in every variant",
+    "process: the fixture `run` starts an interpreter, since the test is about its start or its end",
 ]
 
 
 def variant_interpreter(name, interpreter, folder):
     """Return a program that stands in for *interpreter* and starts it as VARIANTS[*name*] says; it lives in *folder*.
 
-    Whatever a test starts with the interpreter is so run in the variant, by hand as well:
-    tests/run --variant NAME [--interpreter PATH].  What a variant rightly changes is in VARIANT_SKIPS.
+    Whatever a test starts with the interpreter is run so, by hand as well:
+    tests/run --variant NAME [--interpreter PATH].
     """
-    options, variables, missing = VARIANTS[name]
+    options, variables, missing, _ = VARIANTS[name]
     lines = ["#!/bin/sh", "unset PWD"] + [f'export {key}="${{{key}-{value}}}"' for key, value in variables.items()]
     if missing:
         (folder / "missing").mkdir()
@@ -89,28 +88,50 @@ def pytest_addoption(parser):
         help="spawn the tool on this Python, 3.6 or later; may be repeated (default: the one that runs pytest)",
     )
     parser.addoption("--variant", choices=sorted(VARIANTS), help="spawn the tool in another way")
+    parser.addoption("--black-box", action="store_true", help="leave out tests that do not depend on --interpreter")
+    parser.addoption("--race-seconds", type=float, default=4, help="how long test_interrupts.py presses Ctrl+C")
     parser.addoption("--part", metavar="K/N", help="run the Kth of N parts, which make up the whole")
 
 
+def lacking(variant, item):
+    """Return what the test *item* needs and does not find in the variant of that name."""
+    needed = {feature for mark in item.iter_markers("needs") for feature in mark.args}
+    if needed - NEEDS:
+        raise pytest.UsageError(f"{item.nodeid} needs {needed - NEEDS}, which no variant lacks")
+    if "certificate" in item.fixturenames:
+        needed.add("tls")
+    lacks = VARIANTS[variant].lacks if variant else set()
+    if variant == "C" and "python3.6" in item.callspec.id:
+        lacks = lacks | {"utf-8-terminal"}  # later Pythons take C to mean UTF-8
+    return needed & lacks
+
+
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--black-box"):
+        config.hook.pytest_deselected(items=[item for item in items if "interpreter" not in item.fixturenames])
+        items[:] = [item for item in items if "interpreter" in item.fixturenames]
     variant = config.getoption("--variant")
-    for item in items if variant else ():
-        reasons = [reason for variants, tests, reason in VARIANT_SKIPS
-                   if variant in variants.split() and re.search(tests, item.name)]
-        if variant == "no-ssl" and "certificate" in item.fixturenames:
-            reasons.append("needs TLS")
-        if reasons and "interpreter" in item.fixturenames:
-            item.add_marker(pytest.mark.skip(reason=f"{variant}: {reasons[0]}"))
+    for item in items:
+        missing = "interpreter" in item.fixturenames and lacking(variant, item)
+        if missing:
+            item.add_marker(pytest.mark.skip(reason=f"{variant}: no {', '.join(sorted(missing))}"))
     if config.getoption("--part"):
         number, count = map(int, config.getoption("--part").split("/"))
         parts = {part: [] for part in range(1, count + 1)}
         for item in items:  # by its name, so that a test is in the same part whatever else is selected
-            parts[zlib.crc32(item.nodeid.encode("utf-8", "replace")) % count + 1].append(item)
+            parts[crc(item) % count + 1].append(item)
         items[:] = parts.pop(number)
         config.hook.pytest_deselected(items=sum(parts.values(), []))
 
 
+def crc(item):
+    """Return a number that depends on the name of the test *item* alone."""
+    return zlib.crc32(item.nodeid.encode("utf-8", "replace"))
+
+
 def pytest_configure(config):
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
     # A shell's `&` and nohup leave these ignored, and what is ignored stays so in a child; what is handled does not.
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_IGN:
@@ -169,21 +190,30 @@ def changed(env, changes):
     return {name: value for name, value in merged.items() if value is not None}
 
 
+@pytest.fixture(scope="session")
+def warm(interpreter, tmp_path_factory):
+    """A warm interpreter for `run`; a file of tests that needs a started one has a fixture of this name that is None."""
+    with Driver(interpreter, XEROCTL, tmp_path_factory.mktemp("home")) as driver:
+        yield driver
+
+
 @pytest.fixture
-def run(command, env):
-    """Run the tool to its end and return its Result; a traceback on its stderr fails the test."""
+def run(request, warm, command, env):
+    """Run the tool to its end and return its Result; a traceback on its stderr fails the test.
+
+    A warm interpreter runs it where that makes no difference; one in STARTED_EVERY tests starts it all the same.
+    """
     base = env
+    started = request.node.get_closest_marker("process") or crc(request.node) % STARTED_EVERY == 0
 
     def run(*args, stdin=b"", env=None, timeout=20, interpreter_options=(), cwd=None):
-        source = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
-        try:
-            done = subprocess.run(
-                [*command(interpreter_options), *args], env=changed(base, env), cwd=cwd,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout, start_new_session=True, **source,
-            )
-        except subprocess.TimeoutExpired as late:
-            pytest.fail(f"no end within {timeout} s; stdout: {late.stdout}, stderr: {late.stderr}")
-        return checked(Result(exit_status(done.returncode), done.stdout, done.stderr))
+        variables = changed(base, env)
+        popen, words = subprocess.Popen, [*command(interpreter_options), *args]
+        if warm and not started and not interpreter_options and warm.can_run(variables):
+            popen, words = warm.popen, args
+        source = subprocess.PIPE if isinstance(stdin, bytes) else stdin
+        with Process(words, variables, cwd, stdin=source, popen=popen) as child:
+            return child.run_to_end(stdin, timeout) if isinstance(stdin, bytes) else child.finish(timeout)
 
     return run
 

@@ -6,6 +6,7 @@ LIMIT_SECONDS.
 """
 
 import collections
+import contextlib
 import json
 import socket
 import struct
@@ -166,10 +167,8 @@ class Server:
         for gate in self._gates:
             gate.event.set()
         for sock in self._sockets:
-            try:
+            with contextlib.suppress(OSError):  # it is closed already
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)  # beneath TLS, which another thread may be using
-            except OSError:
-                pass  # closed already
         for thread in self._threads[1:]:
             thread.join(LIMIT_SECONDS)
 

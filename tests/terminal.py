@@ -3,14 +3,17 @@
 import fcntl
 import os
 import re
+import select
 import selectors
 import struct
 import subprocess
 import termios
+import threading
 import time
 import unicodedata
 from collections import namedtuple
 
+SHOWN_BYTES = 5000  # of a child's output, where a test fails
 Result = namedtuple("Result", "status stdout stderr")
 
 
@@ -22,7 +25,8 @@ def exit_status(returncode):
 def checked(result):
     """Return *result*, which must not hold a traceback."""
     if b"Traceback" in result.stderr:
-        raise AssertionError(f"traceback, status {result.status}:\n{result.stderr.decode(errors='replace')}")
+        shown = result.stderr[-SHOWN_BYTES:].decode(errors="replace")
+        raise AssertionError(f"traceback, status {result.status}:\n{shown}")
     return result
 
 
@@ -40,8 +44,8 @@ def compiled(pattern):
 class Child:
     """A running process whose output is kept, and read while something is awaited; killed at the end of `with`."""
 
-    def __init__(self, awaited, argv, **options):
-        self.process = subprocess.Popen(argv, bufsize=0, start_new_session=True, **options)
+    def __init__(self, awaited, argv, popen=subprocess.Popen, **options):
+        self.process = popen(argv, bufsize=0, start_new_session=True, **options)
         self.seen = {"stdout": bytearray(), "stderr": bytearray(), "terminal": bytearray()}
         self._awaited = self.seen[awaited]
         self._consumed = 0
@@ -59,11 +63,16 @@ class Child:
     def stderr(self):
         return bytes(self.seen["stderr"])
 
+    @property
+    def unread(self):
+        """What came, and no call of `expect` consumed."""
+        return bytes(self._awaited[self._consumed:])
+
     def expect(self, pattern, timeout=10):
         """Return the match of *pattern* in the output that no earlier call consumed, and consume through it."""
         deadline = time.monotonic() + timeout
         while True:
-            match = compiled(pattern).search(bytes(self._awaited[self._consumed:]))
+            match = compiled(pattern).search(self.unread)
             if match:
                 self._consumed += match.end()
                 return match
@@ -115,14 +124,16 @@ class Child:
             raise AssertionError(f"the process did not end within {timeout} s{self._so_far()}") from None
 
     def _so_far(self):
-        return "; seen so far:" + "".join(f"\n{name}: {bytes(data)!r}" for name, data in self.seen.items() if data)
+        shown = {name: bytes(data[-SHOWN_BYTES:]) for name, data in self.seen.items() if data}
+        return "; seen so far:" + "".join(f"\n{name}: {data!r}" for name, data in shown.items())
 
 
 class Process(Child):
     """A child on pipes; `expect` looks at its stdout."""
 
-    def __init__(self, argv, env, cwd=None, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
-        super().__init__("stdout", argv, env=env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr)
+    def __init__(self, argv, env, cwd=None, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                 popen=subprocess.Popen):
+        super().__init__("stdout", argv, popen, env=env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr)
 
     def send(self, data):
         """Write *data* to the child's stdin, which stays open."""
@@ -131,6 +142,23 @@ class Process(Child):
     def end_input(self):
         """Close the child's stdin."""
         self.process.stdin.close()
+
+    def feed(self, data):
+        """Write all of *data* to the child's stdin, as far as the child reads it, and close it."""
+        try:
+            with self.process.stdin as pipe:
+                while data:
+                    data = data[pipe.write(data):]
+        except BrokenPipeError:
+            pass  # the child needs no more
+
+    def run_to_end(self, data, timeout=20):
+        """Return the Result of the child, given *data* on its stdin."""
+        if len(data) <= select.PIPE_BUF:
+            self.feed(data)
+        else:
+            threading.Thread(target=self.feed, args=(data,), daemon=True).start()
+        return self.finish(timeout)
 
     def finish(self, timeout=20):
         """Wait for the end and return the Result, free of tracebacks."""
@@ -212,7 +240,7 @@ class Screen:
 
     def put(self, character):
         """Show one character at the cursor; a wide one takes two cells, a combining one joins the cell before."""
-        if unicodedata.combining(character):
+        if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
             self.cells[self.row][max(0, self.column - 1)] += character
             return
         width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
@@ -237,6 +265,8 @@ class Screen:
 
     def command(self, parameters, final):
         """Obey ESC [ *parameters* *final*."""
+        if final == "m":  # alone leaves the next character to wrap
+            return
         numbers = [int(number or 0) for number in parameters.split(";")]
         count = max(1, numbers[0])
         self.column = min(self.column, self.columns - 1)
@@ -262,7 +292,7 @@ class Screen:
             line[:] = (line[:self.column] + self.blank(count) + line[self.column:])[:self.columns]
         elif final == "P":
             line[:] = (line[:self.column] + line[self.column + count:] + self.blank(count))[:self.columns]
-        elif final != "m":
+        else:
             raise AssertionError(f"escape sequence ESC [ {parameters} {final}")
 
     def erase_in_line(self, mode):

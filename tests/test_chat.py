@@ -3,13 +3,15 @@
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from conftest import XEROCTL, changed
-from loopback import DONE, USAGE, chunk, completion, json_response, stream
+from loopback import DONE, USAGE, Call, chunk, completion, json_response, sse, stream, stream_head
 
 HELLO = json_response(completion())
 KEY = "xero_acme_0123456789"
@@ -28,6 +30,10 @@ def system(text):
 def body(**fields):
     """Return the body of the plainest request, with *fields* added."""
     return {"model": "my-endpoint", "messages": [user("hi")], "stream": False, **fields}
+
+
+def wait_a_little(sock):
+    select.select([sock], [], [], 0.1)
 
 
 @pytest.fixture
@@ -51,8 +57,6 @@ def shell(interpreter, env):
     [
         ("Hello!", "Hello!\n"),
         ("Hello!\n", "Hello!\n"),
-        ("\n", "\n"),
-        ("", "\n"),
         ("two\nlines\n\n", "two\nlines\n\n"),
         ("héllo 😀\u2028\x1b[31m\r\n", "héllo 😀\u2028\x1b[31m\r\n"),
     ],
@@ -63,44 +67,76 @@ def test_the_answer_is_printed_unchanged_and_ends_in_a_newline(chat, server, tex
     assert chat("-m", "hi") == (0, printed.encode(), b"")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "reply, printed",
     [
         (completion(None, message={"refusal": "I cannot."}), b"I cannot.\n"),
         (completion("", message={"refusal": "I cannot."}), b"I cannot.\n"),
         (completion("Yes.", message={"refusal": None}), b"Yes.\n"),
-        (completion(None), b"\n"),
         (completion([{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]), b"in parts\n"),
         (completion(message={"reasoning_content": "Hm.", "reasoning": "Hm."}), b"Hello!\n"),
     ],
-    ids=["refusal", "empty content", "null refusal", "null content", "parts", "reasoning"],
+    ids=["refusal", "empty content", "null refusal", "parts", "reasoning"],
 )
 def test_the_text_is_found_wherever_the_message_has_it(chat, server, reply, printed):
     server.script(json_response(reply))
     assert chat("-m", "hi") == (0, printed, b"")
 
 
-NOTICES = {
-    "length": "the answer was cut at the token limit: see --max-tokens",
-    "content_filter": "the answer was cut by a content filter",
-    "tool_calls": "the model asked for a tool call: -o json shows it",
+@pytest.mark.parametrize(
+    "reply, words",
+    [
+        (completion(""), b"empty"), (completion("\n"), b"empty"), (completion(" \t\n "), b"empty"), (completion(None), b"empty"),
+        (completion(message={"content": None, "reasoning_content": "Hm."}), b"reasoning"), (completion("<think>Hm.</think>\n"), b"reasoning"),
+        (completion(choices=[{"index": 0, "message": None, "finish_reason": "stop"}]), b""),
+        (completion(choices=[{"index": 0, "finish_reason": "stop"}]), b""),
+    ],
+    ids=["empty", "newline", "blank", "null", "reasoning", "thoughts", "null message", "no message"],
+)
+def test_an_empty_answer_is_status_5(chat, server, reply, words):
+    server.always(json_response(reply))
+    result = chat("-m", "hi")
+    assert (result.status, result.stderr.count(b"\n")) == (5, 1)
+    assert result.stderr.startswith(b"xeroctl: error: ") and words in result.stderr
+    assert "<think>" in str(reply) or result.stdout.strip() == b""
+    in_json = chat("-m", "hi", "-o", "json")
+    assert (in_json.status, json.loads(in_json.stdout.decode())) == (5, reply)
+    assert json.loads(in_json.stderr.decode())["kind"] == "server"
+
+
+WARNINGS = {
+    "length": "the answer was cut at the token limit",
+    "content_filter": "the answer was cut or withheld by a content filter",
 }
+TOOL_CALL = "the model asked for a tool call: -o json shows it"
 
 
-@pytest.mark.parametrize("reason, notice", NOTICES.items())
-def test_an_answer_that_did_not_simply_stop_is_said_to(chat, server, reason, notice):
+@pytest.mark.parametrize("reason, warning", WARNINGS.items())
+def test_an_answer_that_is_not_whole_is_warned_about(chat, server, reason, warning):
     server.always(json_response(completion("Hel", reason)))
-    assert chat("-m", "hi") == (0, b"Hel\n", f"xeroctl: note: {notice}\n".encode())
-    assert chat("-m", "hi", "--quiet") == (0, b"Hel\n", b"")
-    assert json.loads(chat("-m", "hi", "-o", "json").stderr.decode()) == {"kind": "notice", "message": notice}
+    for options in ([], ["--quiet"]):
+        result = chat("-m", "hi", *options)
+        assert result[:2] == (0, b"Hel\n")
+        assert result.stderr.startswith(f"xeroctl: warning: {warning}".encode()) and result.stderr.count(b"\n") == 1
+    said = json.loads(chat("-m", "hi", "-o", "json").stderr.decode())
+    assert said["kind"] == "warning" and said["message"].startswith(warning)
 
 
+def test_max_tokens_is_named_where_it_was_given(chat, server):
+    server.always(json_response(completion("Hel", "length")))
+    assert b"--max-tokens" in chat("-m", "hi", "--max-tokens", "5").stderr
+    assert b"--max-tokens" not in chat("-m", "hi").stderr
+
+
+@pytest.mark.smoke
 def test_json_is_the_servers_object_indented_by_two(chat, server):
     reply = completion("é 😀 \u2028", x_vendor={"b": [1, 2.5, None, True], "a": {}}, system_fingerprint=None)
     server.script(json_response(reply))
     assert chat("-m", "hi", "-o", "json") == (0, (json.dumps(reply, indent=2, ensure_ascii=False) + "\n").encode(), b"")
 
 
+@pytest.mark.smoke
 def test_json_with_half_a_surrogate_pair_stays_json(chat, server):
     reply = json.dumps(completion("half \ud83d")).encode()
     server.always(b"HTTP/1.1 200 OK\r\n\r\n" + reply)
@@ -116,11 +152,13 @@ def json_lines(documents):
     return "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents).encode()
 
 
+@pytest.mark.smoke
 def test_a_stream_that_nobody_asked_for_is_a_json_line_a_chunk(chat, server):
     server.script(stream(*CHUNKS, DONE))
     assert chat("-m", "hi", "-o", "json") == (0, json_lines(CHUNKS), b"")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_stream_that_nobody_asked_for_is_printed_as_far_as_it_came(chat, server, count):
     server.script(stream(*[chunk("lo")] * count))
@@ -138,41 +176,61 @@ FULL_USAGE = {
 
 
 @pytest.mark.parametrize(
-    "reply, lines",
+    "reply, pairs",
     [
         (completion(usage=FULL_USAGE), [
-            "prompt tokens: 9", "completion tokens: 0", "total tokens: 9", "cached tokens: 4", "reasoning tokens: 2",
-            "id: chatcmpl-1"]),
-        (completion(usage=None), ["id: chatcmpl-1"]),
-        (completion(usage=None, id=None), []),
-        (completion(usage={}, id=7), []),
-        (completion(usage="much"), ["id: chatcmpl-1"]),
-        (completion(usage=[1]), ["id: chatcmpl-1"]),
-        (completion(usage={"prompt_tokens": None, "completion_tokens": "3", "total_tokens": True}), ["id: chatcmpl-1"]),
+            ("prompt tokens", "9"), ("completion tokens", "0"), ("total tokens", "9"), ("cached tokens", "4"),
+            ("reasoning tokens", "2"), ("seconds", "#"), ("id", "chatcmpl-1")]),
+        (completion(usage=None), [("seconds", "#"), ("id", "chatcmpl-1")]),
+        (completion(usage=None, id=None), [("seconds", "#")]),
+        (completion(usage={}, id=7), [("seconds", "#")]),
+        (completion(usage="much"), [("seconds", "#"), ("id", "chatcmpl-1")]),
+        (completion(usage=[1]), [("seconds", "#"), ("id", "chatcmpl-1")]),
+        (completion(usage={"prompt_tokens": None, "completion_tokens": "3", "total_tokens": True}),
+         [("seconds", "#"), ("id", "chatcmpl-1")]),
         (completion(usage={"prompt_tokens_details": None, "completion_tokens_details": [], "total_tokens": 12}),
-         ["total tokens: 12", "id: chatcmpl-1"]),
-        (completion(usage={"prompt_tokens_details": {"cached_tokens": 0}}), ["cached tokens: 0", "id: chatcmpl-1"]),
-        (completion(usage={**dict.fromkeys(USAGE, 10 ** 400), "total_tokens": 12}), ["total tokens: 12", "id: chatcmpl-1"]),
+         [("total tokens", "12"), ("seconds", "#"), ("id", "chatcmpl-1")]),
+        (completion(usage={"prompt_tokens_details": {"cached_tokens": 0}}),
+         [("cached tokens", "0"), ("seconds", "#"), ("id", "chatcmpl-1")]),
+        (completion(usage={**dict.fromkeys(USAGE, 10 ** 400), "total_tokens": 12}),
+         [("total tokens", "12"), ("seconds", "#"), ("id", "chatcmpl-1")]),
+        (completion(usage={"prompt_tokens": 9.0, "completion_tokens": 1.5}), [("prompt tokens", "9"), ("seconds", "#"), ("id", "chatcmpl-1")]),
     ],
-    ids=["full", "null", "no id", "empty", "text", "list", "wrong types", "wrong details", "zero", "400 digits"],
+    ids=["full", "null", "no id", "empty", "text", "list", "wrong types", "wrong details", "zero", "400 digits", "floats"],
 )
-def test_show_usage_leaves_out_what_the_server_did_not_send(chat, server, reply, lines):
+def test_show_usage_leaves_out_what_the_server_did_not_send(chat, server, reply, pairs):
     server.script(json_response(reply))
-    expected = "".join(line + "\n" for line in lines).encode()
-    assert chat("-m", "hi", "--show-usage") == (0, b"Hello!\n", expected)
+    result = chat("-m", "hi", "--show-usage")
+    lines = re.sub(r"(?m)^(seconds: +)\d+\.\d+$", r"\1#", result.stderr.decode()).splitlines()
+    assert result[:2] == (0, b"Hello!\n")
+    assert [tuple(re.split(": +", line)) for line in lines] == pairs
+    assert len({re.match("[^:]+: +", line).end() for line in lines}) == 1, "one aligned block"
 
 
+@pytest.mark.smoke
 def test_show_usage_with_json_is_one_object_on_stderr(chat, server):
     server.script(json_response(completion()))
     result = chat("-m", "hi", "--show-usage", "-o", "json")
     assert (result.status, json.loads(result.stdout.decode())) == (0, completion())
     assert result.stderr.count(b"\n") == 1
-    assert json.loads(result.stderr.decode()) == {"kind": "token_usage", "id": "chatcmpl-1", **USAGE}
+    report = json.loads(result.stderr.decode())
+    assert 0 <= report.pop("seconds") < 10
+    assert report == {"kind": "token_usage", "id": "chatcmpl-1", **USAGE}
+
+
+def test_show_usage_of_a_stream_has_the_rate_after_the_first_token(chat, server):
+    server.script([stream_head(), sse(chunk("One")), Call(wait_a_little), sse(chunk(" two"), chunk(finish="stop"), chunk(usage=USAGE, choices=[]), DONE)])
+    result = chat("-m", "hi", "--show-usage", "--stream", "-o", "json")
+    report = json.loads(result.stderr.decode())
+    assert set(report) == {"kind", "id", "seconds", "first_token_seconds", "tokens_per_second", "finish_reason", *USAGE}
+    assert 0 < report["first_token_seconds"] < report["seconds"] < 10
+    assert 5 < report["tokens_per_second"] < 25  # two tokens after the first, in 0.1 s
 
 
 # -- What is sent ----------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_the_plainest_request_has_nothing_that_was_not_asked_for(chat, server):
     server.script(HELLO)
     assert chat("-m", "hi").status == 0
@@ -219,6 +277,7 @@ def test_each_option_becomes_its_field_of_the_body(chat, server, options, fields
                for name, value in fields.items())
 
 
+@pytest.mark.smoke
 def test_a_stream_is_asked_for_with_usage(chat, server):
     server.script(stream(chunk("Hello!"), chunk(finish="stop"), DONE))
     assert chat("-m", "hi", "--stream", "--quiet") == (0, b"Hello!\n", b"")
@@ -226,6 +285,7 @@ def test_a_stream_is_asked_for_with_usage(chat, server):
     assert server.requests[0].headers["accept"] == "text/event-stream"
 
 
+@pytest.mark.smoke
 def test_latency_targets_and_the_key_ride_in_headers(chat, server):
     server.script(HELLO)
     assert chat("-m", "hi", "--slo-ttft", "200", "--slo-tpot", "20", "--api-key", KEY) == (0, b"Hello!\n", b"")
@@ -234,20 +294,22 @@ def test_latency_targets_and_the_key_ride_in_headers(chat, server):
     assert server.requests[0].json == body()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["messages", "stream"])
 def test_a_param_may_not_override(chat, name):
     result = chat("-m", "hi", "--param", name + "=1")
-    message = f"xeroctl: argument --param: {name} cannot be set this way: see xeroctl chat --help\n"
-    assert result == (2, b"", message.encode())
+    assert result == (2, b"", f"xeroctl: error: --param cannot set {name}\n".encode())
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("option", ["x", "=1", ""])
 def test_a_param_needs_a_name_and_a_value(chat, option):
     result = chat("-m", "hi", "--param", option)
     assert (result.status, result.stdout) == (2, b"")
-    assert b"not NAME=VALUE" in result.stderr
+    assert b"--param must be NAME=VALUE" in result.stderr
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("before", [0, 2, 4, 6, 8])
 def test_global_options_stand_before_or_after_the_command(run, server, before):
     server.script(HELLO)
@@ -257,6 +319,7 @@ def test_global_options_stand_before_or_after_the_command(run, server, before):
     assert server.requests[0].headers["authorization"] == "Bearer " + KEY
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("options", [["-ojson", "-mhi"], ["--output=json", "--message=hi"], ["-qo", "json", "-mhi"]], ids=str)
 def test_options_may_be_written_together(chat, server, options):
     server.script(HELLO)
@@ -290,7 +353,7 @@ def test_a_number_out_of_range_is_refused_before_anything_is_sent(start, server,
     for value, child in children.items():
         result = child.finish()
         assert (result.status, result.stdout) == (2, b"")
-        pattern = rf"xeroctl: argument {option}: not a (whole )?number\b.*: '{re.escape(value)}': see xeroctl chat --help\n"
+        pattern = rf"xeroctl: error: {option} must be a (whole )?number\b.*, not '{re.escape(value)}'\n"
         assert re.fullmatch(pattern, result.stderr.decode())
 
 
@@ -329,7 +392,7 @@ def test_a_system_file_that_cannot_be_read_is_named(chat, tmp_path):
         binary: f"{binary} is not UTF-8 text (at byte 2)",
     }
     for name, message in expected.items():
-        assert chat("-m", "hi", "--from-file", name) == (2, b"", f"xeroctl: {message}\n".encode())
+        assert chat("-m", "hi", "--from-file", name) == (2, b"", f"xeroctl: error: {message}\n".encode())
 
 
 @pytest.mark.parametrize("options", [[], ["-m", "-"]], ids=str)
@@ -347,23 +410,25 @@ def test_the_message_comes_from_stdin(chat, server, options, data, text):
 @pytest.mark.parametrize(
     "options, stdin, message",
     [
-        (["-m", ""], b"not read", "the message is empty"),
-        (["-m", " \n\t"], b"not read", "the message is empty"),
+        (["-m", ""], b"", "the message is empty"),
+        (["-m", " \n\t"], b"", "the message is empty"),
         (["-m", "-"], b"", "the message is empty"),
         ([], b"\r\n", "the message is empty"),
         ([], b"ok \xff", "standard input is not UTF-8 text (at byte 3)"),
+        (["-m", b"ok \xff"], b"", "the message is not UTF-8 text (at byte 3)"),
+        (["-m", b"\xed\xa0\xbd"], b"", "the message is not UTF-8 text (at byte 0)"),
     ],
     ids=str,
 )
 def test_without_a_message_nothing_is_sent(chat, options, stdin, message):
-    assert chat(*options, stdin=stdin) == (2, b"", f"xeroctl: {message}\n".encode())
+    assert chat(*options, stdin=stdin) == (9, b"", f"xeroctl: error: {message}\n".encode())
 
 
 @pytest.mark.parametrize("options, status", [([], 2), (["-m", "-"], 2), (["-m", "hi"], 0)], ids=str)
 def test_stdin_may_be_closed(shell, server, options, status):
     server.always(HELLO)
     done = shell('"$@" <&-', "chat", "--endpoint", "e", "--base-url", server.url, *options)
-    said = b"xeroctl: no message: give -m TEXT, or pipe one in\n" if status else b""
+    said = b"xeroctl: error: no message: give -m TEXT, or pipe one in\n" if status else b""
     assert (done.returncode, done.stdout, done.stderr) == (status, b"" if status else b"Hello!\n", said)
     assert len(server.requests) == (0 if status else 1)
 
@@ -373,8 +438,95 @@ def test_a_while_read_loop_keeps_its_input(shell, server):
     server.always(HELLO)
     done = shell('while read -r line; do "$@" -m "$line"; done', "chat", "--endpoint", "e", "--base-url", server.url,
                  program="bash", stdin=b"one\ntwo\nthree\n")
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"Hello!\n" * 3, b"")
+    assert (done.returncode, done.stdout) == (0, b"Hello!\n" * 3)
+    assert done.stderr.count(b"xeroctl: note: standard input is not read: ") == done.stderr.count(b"\n") == 2
     assert [request.json["messages"][0]["content"] for request in server.requests] == ["one", "two", "three"]
+
+
+# -- Conversations that last -----------------------------------------
+
+
+def kept(path):
+    return json.loads(path.read_text())
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_a_conversation_in_a_file_grows_by_each_question(chat, server, tmp_path):
+    path = tmp_path / "talk.json"
+    server.always(HELLO)
+    assert chat("-m", "one", "--system", "Be brief.", "--conversation", path) == (0, b"Hello!\n", b"")
+    assert chat("-m", "two", "--conversation", path, "--model", "m") == (0, b"Hello!\n", b"")
+    first = [system("Be brief."), user("one")]
+    assert [request.json["messages"] for request in server.requests] == [first, first + [assistant("Hello!"), user("two")]]
+    document = kept(path)
+    assert document["messages"] == first + [assistant("Hello!"), user("two"), assistant("Hello!")]
+    assert (document["endpoint"], document["model"], path.stat().st_mode & 0o777) == ("my-endpoint", "m", 0o600)
+
+
+def test_a_question_that_fails_is_kept_as_one_without_an_answer(chat, server, tmp_path):
+    path = tmp_path / "talk.json"
+    server.script(HELLO, json_response({"error": {"message": "no"}}, "400 Bad"), stream(chunk("Hal"), chunk("f")))
+    assert chat("-m", "one", "--conversation", path).status == 0
+    assert chat("-m", "two", "--conversation", path).status == 4
+    assert kept(path)["messages"] == [user("one"), assistant("Hello!"), user("two")]
+    assert chat("-m", "three", "--stream", "--conversation", path).status == 8
+    assert kept(path)["messages"] == [user("one"), assistant("Hello!"), user("three"), assistant("Half")]
+
+
+def test_the_endpoint_and_model_of_a_conversation_are_used_again(run, chat, server, tmp_path):
+    path = tmp_path / "talk.json"
+    server.always(HELLO)
+    assert chat("-m", "one", "--model", "m", "--conversation", path).status == 0
+    base_url = ["--base-url", server.url + "/acme/v1"]
+    assert run("chat", *base_url, "-m", "two", "--conversation", path, env={"XEROTIER_ENDPOINT": "other"}).status == 0
+    assert run("chat", *base_url, "-m", "three", "--conversation", path, "-e", "given").status == 0
+    _, second, third = server.requests
+    assert (second.target, second.json["model"]) == (TARGET, "m")
+    assert third.target == "/acme/given/v1/chat/completions"
+
+
+def test_a_dry_run_changes_no_conversation(chat, tmp_path):
+    path = tmp_path / "talk.json"
+    result = chat("-m", "one", "--conversation", path, "--dry-run")
+    assert (result.status, path.exists()) == (0, False)
+
+
+def test_what_is_no_conversation_is_refused(chat, tmp_path):
+    path = tmp_path / "talk.json"
+    path.write_text("{}")
+    result = chat("-m", "one", "--conversation", path)
+    assert (result.status, result.stdout, path.read_text()) == (2, b"", "{}")
+
+
+def test_the_newest_conversation_is_continued(chat, server, env):
+    server.always(HELLO)
+    none = chat("-m", "one", "-c")
+    assert (none.status, none.stderr.count(b"\n")) == (2, 1)
+    folder = Path(env["HOME"]) / ".local" / "state" / "xeroctl" / "conversations"
+    folder.mkdir(parents=True)
+    (folder / "20260101T000000Z-999999999.json").write_text(json.dumps({"messages": [user("zero"), assistant("ok")]}))
+    assert chat("-m", "one", "-c") == (0, b"Hello!\n", b"")
+    assert chat("--continue", "-m", "two") == (0, b"Hello!\n", b"")
+    assert [message["content"] for message in server.requests[-1].json["messages"]] == ["zero", "ok", "one", "Hello!", "two"]
+    newest, = folder.iterdir()
+    assert len(kept(newest)["messages"]) == 6
+
+
+# -- Endpoints that are models ---------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama3.2:1b", "meta-llama/Llama-3", "a b é"])
+def test_at_a_whole_address_an_endpoint_is_any_model_name(run, server, name):
+    server.always(HELLO)
+    whole = ["--base-url", server.url + "/v1/chat/completions"]
+    for options in (["-e", name], ["--model", name]):
+        assert run("chat", *whole, "-m", "hi", *options) == (0, b"Hello!\n", b"")
+    assert [(request.target, request.json["model"]) for request in server.requests] == [("/v1/chat/completions", name)] * 2
+    result = run("chat", "--base-url", server.url + "/v1", "-m", "hi", "-e", name)
+    assert (result.status, result.stdout, result.stderr.count(b"\n")) == (2, b"", 1)
 
 
 # -- Encodings -------------------------------------------------------
@@ -409,7 +561,7 @@ def test_piped_text_travels_unharmed_in_every_locale(chat, server, locale):
 @pytest.mark.parametrize(
     "options",
     [
-        [b"-m", b"a\xffb"], [b"-m", b"\xed\xa0\xbd"], [b"-m", b"hi", b"--system", b"\xff"], [b"-m", b"hi", b"--model", b"m\xff"],
+        [b"-m", b"hi", b"--system", b"\xff"], [b"-m", b"hi", b"--model", b"m\xff"],
         [b"-m", b"hi", b"--param", b"a=\xff"], [b"-m", b"hi", b"--param", b"n\xff=1"],
         [b"-m", b"hi", b"--param", b'a="\\ud83d"'], [b"-m", b"hi", b"--param", b'a={"\\udc00": ["\\ud83d"]}'],
     ],
@@ -422,15 +574,16 @@ def test_no_lone_surrogate_is_sent(chat, server, options):
     assert json.dumps(document, ensure_ascii=False).encode("utf-8", "strict")
 
 
-def test_bytes_that_are_no_text_are_replaced(chat, server):
+def test_bytes_that_are_no_text_in_a_system_message_are_replaced(chat, server):
     server.script(HELLO)
-    assert chat("-m", b"a\xffb").status == 0
-    assert server.requests[0].json == body(messages=[user("a\ufffdb")])
+    assert chat("-m", "hi", "--system", b"a\xffb").status == 0
+    assert server.requests[0].json == body(messages=[system("a\ufffdb"), user("hi")])
 
 
 # -- Verbose, dry run ------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_verbose_shows_the_exchange_without_the_key(chat, server):
     server.script(json_response(completion(), headers={"X-Request-ID": "req-1", "X-Echo": KEY}))
     result = chat("-m", "hi é", "--verbose", env={"XEROTIER_API_KEY": KEY})

@@ -295,6 +295,7 @@ def test_every_option_is_followed_by_what_it_takes(shell, xeroctl):
     assert offered == known and len(known) > 20
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shell", ["zsh", "fish"], indirect=True)
 @pytest.mark.parametrize("path", [(), ("chat",)], ids=repr)
 def test_zsh_and_fish_tell_what_an_option_is_for(shell, xeroctl, path):
@@ -365,6 +366,7 @@ def test_a_line_is_completed(shell, before, word, offered):
     assert shell.offers(before, word) == offered
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("word", ['"my p', "'my p"])
 def test_a_name_in_quotes_that_are_still_open_is_completed(shell, word):
     assert shell.offers("chat --from-file", word) == ["my prompt.txt"]
@@ -389,12 +391,14 @@ def test_tab_completes_the_line(typed_shell, keys, line):
 # -- Names that a shell would run, and configs that say nothing ------
 
 
+@pytest.mark.smoke
 def test_shell_code_in_the_name_of_a_file_is_not_run(shell):
     assert shell.offers("chat --from-file", "") == sorted(FILES)
     assert shell.offers("--cacert", "") == sorted(FILES)
     assert not shell.has_run_code()
 
 
+@pytest.mark.smoke
 def test_shell_code_in_the_line_is_not_run(shell):
     assert shell.offers('chat -m "$(touch PWNED)" --system $(touch PWNED)', "--st") == ["--store", "--stream"]
     assert not shell.has_run_code()
@@ -415,11 +419,13 @@ def test_a_config_without_contexts_offers_nothing_and_says_nothing(shell, config
     assert shell.offers("config use", "p") == []
 
 
+@pytest.mark.smoke
 def test_no_config_offers_nothing_and_says_nothing(shell, config):
     shell.config.unlink()
     assert shell.offers("--context", "") == []
 
 
+@pytest.mark.smoke
 def test_a_config_that_asks_for_json_changes_nothing(shell, config):
     config('output = "json"\n' + contexts_config(["prod"]))
     assert shell.offers("--context", "") == ["prod"]

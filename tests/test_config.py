@@ -128,6 +128,9 @@ TOP = """\
 oa  |current = "a"
   u |current = "b"
 """
+TOP_ALWAYS = """\
+    |current = "a"
+"""
 NO_TOP = """\
   u |current = "b"
  a  |current = "c"
@@ -500,7 +503,7 @@ def test_a_file_of_all_that_toml_has_is_changed_or_refused(config, stored, reads
         path = stored(drawn(picture, "o"))
         status, out, err = config(*arguments)
         assert (status, out, err.count(b"\n")) == (2, b"", 1)
-        assert err.startswith(f"xeroctl: {path}: broken TOML: cannot read this (at line ".encode())
+        assert err.startswith(f"xeroctl: error: {path}: broken TOML: cannot read this (at line ".encode())
         assert path.read_bytes() == drawn(picture, "o").encode()
 
 
@@ -526,6 +529,65 @@ def test_the_chosen_one_may_be_chosen_again(config, stored):
         path = stored(text)
         assert config("use", "prod", "-q") == (0, b"", b"")
         assert path.read_bytes() == text.encode()
+
+
+SET = {
+    "fields of a deployment": TOP_ALWAYS + """\
+    |[deployment.a]  # the first
+os  |base_url = "A"  # an A
+  t |base_url = "https://z/v1"  # an A
+o   |api_key = "of a"
+o   |endpoint='e' # why
+ s  |endpoint="f" # why
+    |weight = 2
+    |
+    |# about b
+    |[deployment.b]
+    |base_url = "B"
+    |endpoint = "e"
+""",
+
+    "fields that are not there": TOP_ALWAYS + """\
+    |
+    |[deployment.a]
+    |weight = 2
+  t |base_url = "https://z/v1"
+ s  |endpoint = "f"
+    |# the end
+    |
+    |[deployment.a.headers]
+    |x = "y"
+    |
+    |[deployment.b]
+    |endpoint = "e"
+""",
+
+    "only a table in it": TOP_ALWAYS + """\
+    |[deployment.a.headers]
+    |base_url = "not this"
+ st |
+ st |[deployment.a]
+  t |base_url = "https://z/v1"
+ s  |endpoint = "f"
+""",
+
+    "no line end at the end": TOP_ALWAYS + """\
+    |[deployment.b]
+    |[deployment.a]
+    |size = 1
+  t |base_url = "https://z/v1"
+ s  |endpoint = "f"
+o   <
+""",
+}
+SETTINGS = {"s": ["set", "a", "--endpoint", "f", "--api-key", ""],
+            "t": ["set", "a", "--base-url", "https://z/v1/", "--endpoint", "", "--api-key", ""]}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("picture", SET.values(), ids=SET)
+def test_set_changes_the_lines_of_its_fields_alone(config, stored, picture):
+    assert_edits(config, stored, picture, SETTINGS)
 
 
 # -- Edits, at random ------------------------------------------------
@@ -595,7 +657,7 @@ def test_whatever_the_file_only_what_is_meant_changes(xeroctl, monkeypatch, read
         old, end = tomllib.loads(text), rng.choice(["\n", "\r\n"])
         for change, name in (("add", "c"), ("use", "b"), ("remove", "a")):
             wanted = changed_document(old, change, name, old["deployment"])
-            new = xeroctl.edited_config(
+            new = xeroctl.edit_config(
                 text.replace("\n", end), "file", wanted.get("current"), wanted["deployment"])
             assert new.count("\n") == new.count(end), seed
             new = new.replace("\r\n", "\n")
@@ -674,7 +736,7 @@ def test_what_stands_elsewhere_does_not_hinder_a_change(config, stored, reads_al
 
 def test_a_refusal_says_what_is_the_matter(config, stored):
     path = stored('current = "a"\ndeployment.a.base_url = "A"\n')
-    line = f"xeroctl: {path} is written in a way that only an editor can change\n"
+    line = f"xeroctl: error: {path} is written in a way that only an editor can change\n"
     assert config("remove", "a") == (2, b"", line.encode())
 
 
@@ -740,7 +802,7 @@ def test_a_link_that_leads_nowhere_is_named(config, stored):
     path = stored(TWO)
     path.unlink()
     path.symlink_to("gone.toml")
-    assert config(*ADD) == (2, b"", f"xeroctl: cannot read {path}: No such file or directory\n".encode())
+    assert config(*ADD) == (2, b"", f"xeroctl: error: cannot read {path}: No such file or directory\n".encode())
 
 
 def test_on_a_full_disk_the_old_file_stays(shell, home):
@@ -748,24 +810,25 @@ def test_on_a_full_disk_the_old_file_stays(shell, home):
     path = where / ".config" / "xeroctl" / "config.toml"
     children = [shell('ulimit -f 0; exec "$@"', "config", *arguments, home=where)
                 for arguments in (ADD, ["use", "staging"], ["remove", "prod"])]
-    line = f"xeroctl: cannot write {path}: File too large\n"
+    line = f"xeroctl: error: cannot write {path}: File too large\n"
     assert {child.finish() for child in children} == {(2, b"", line.encode())}
     assert (path.read_text(), os.listdir(path.parent)) == (TWO, ["config.toml"])
 
 
 FAILING = """
-import errno, os, signal, sys
+import errno, os, sys
 sys.path.insert(0, os.path.dirname(sys.argv.pop(1)))
 import xeroctl
 
 def fail(*unused):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-def hang(*unused):
+def hang(*arguments):
     os.write(1, b"writing\\n")
-    while True:
-        signal.pause()
+    os.read(0, 1)
+    return real(*arguments)
 
+real = os.%s
 os.%s = %s
 sys.exit(xeroctl.main())
 """
@@ -774,28 +837,32 @@ sys.exit(xeroctl.main())
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(run, env, function):
     path = write_config(env["HOME"], TWO)
-    result = run("config", "use", "staging", interpreter_options=("-c", FAILING % (function, "fail")))
-    assert result == (2, b"", f"xeroctl: cannot write {path}: No space left on device\n".encode())
+    result = run("config", "use", "staging", interpreter_options=("-c", FAILING % (function, function, "fail")))
+    assert result == (2, b"", f"xeroctl: error: cannot write {path}: No space left on device\n".encode())
     assert (path.read_text(), os.listdir(path.parent)) == (TWO, ["config.toml"])
 
 
-def test_an_end_in_the_middle_of_a_write_leaves_the_old_file(start, home):
+def test_an_end_in_the_middle_of_a_write_leaves_a_whole_file(start, home):
     children = []
     for function, number in (("fsync", signal.SIGKILL), ("replace", signal.SIGKILL), ("fsync", signal.SIGTERM),
                              ("replace", signal.SIGINT)):
         where = home(TWO)
         children.append((number, where / ".config" / "xeroctl", start(
             "config", "use", "staging", env={"HOME": str(where)},
-            interpreter_options=("-c", FAILING % (function, "hang")))))
+            interpreter_options=("-c", FAILING % (function, function, "hang")))))
     for number, folder, child in children:
         child.expect("writing")
         temporary, = set(os.listdir(folder)) - {"config.toml"}
         assert mode(folder / temporary) == 0o600
         assert (folder / temporary).read_text() == TWO.replace('"prod"', '"staging"', 1)
         child.signal(number)
+        if number != signal.SIGKILL:
+            child.send(b"\n")
         assert child.finish() == (128 + number, b"writing\n", b"")
-        assert (folder / "config.toml").read_text() == TWO
-        assert os.listdir(folder) == ["config.toml"] or number == signal.SIGKILL
+        if number == signal.SIGKILL:
+            assert (folder / "config.toml").read_text() == TWO
+        else:  # the write comes first
+            assert os.listdir(folder) == ["config.toml"]
 
 
 def test_a_file_that_is_left_of_a_kill_does_no_harm(config, stored):
@@ -809,7 +876,7 @@ def test_a_folder_that_cannot_be_made_is_named(run, tmp_path):
     (tmp_path / "file").write_text("")
     status, out, err = run("config", *ADD, env={"XDG_CONFIG_HOME": str(tmp_path / "file")})
     assert (status, out, err.count(b"\n")) == (2, b"", 1)
-    assert err.startswith(f"xeroctl: cannot make {tmp_path}/file/xeroctl: ".encode())
+    assert err.startswith(f"xeroctl: error: cannot make {tmp_path}/file: ".encode())
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everything")
@@ -817,7 +884,7 @@ def test_a_folder_without_permission_is_named(config, stored):
     path = stored(TWO)
     path.parent.chmod(0o500)
     try:
-        assert config("use", "staging") == (2, b"", f"xeroctl: cannot write {path}: Permission denied\n".encode())
+        assert config("use", "staging") == (2, b"", f"xeroctl: error: cannot write {path}: Permission denied\n".encode())
     finally:
         path.parent.chmod(0o700)
     assert path.read_text() == TWO
@@ -826,6 +893,7 @@ def test_a_folder_without_permission_is_named(config, stored):
 # -- add, use, remove ------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_the_first_one_becomes_the_current_one_and_the_second_does_not(config, stored):
     path = stored(None)
     assert config("add", "prod", "--base-url", "https://api.example/v1/", "--api-key", KEY) == (
@@ -838,6 +906,7 @@ def test_the_first_one_becomes_the_current_one_and_the_second_does_not(config, s
         '[deployment."x.y"]\nbase_url = "http://localhost:1/v1"\n')
 
 
+@pytest.mark.smoke
 def test_use_and_remove_say_what_they_did(config, stored):
     path = stored(TWO)
     assert config("use", "staging") == (0, b"", b"xeroctl: note: staging is the current context\n")
@@ -853,6 +922,50 @@ def test_remove_leaves_another_current_one_alone(config, stored):
     path = stored(TWO)
     assert config("remove", "staging") == (0, b"", b"xeroctl: note: removed staging\n")
     assert path.read_text() == "\n".join(TWO.split("\n")[:5] + [""])
+
+
+def test_an_endpoint_may_be_added_and_is_listed(config, stored):
+    path = stored(None)
+    assert config(*ADD, "--endpoint", "my-endpoint", "-q") == (0, b"", b"")
+    assert path.read_text() == (
+        'current = "c"\n\n[deployment.c]\nbase_url = "https://c/v1"\nendpoint = "my-endpoint"\n')
+    assert config("add", "d", "--base-url", "https://d/v1", "-q") == (0, b"", b"")
+    assert config() == (0, b"c\t*\thttps://c/v1\t\tmy-endpoint\nd\t\thttps://d/v1\t\n", b"")
+    assert config("show") == (0, b"name: c\nbase_url: https://c/v1\nendpoint: my-endpoint\n", b"")
+    whole = "http://localhost:1/v1/chat/completions"
+    assert config("add", "e", "--base-url", whole, "--endpoint", "meta/llama3.2:1b", "-q") == (0, b"", b"")
+    assert config("show", "e") == (0, f"name: e\nbase_url: {whole}\nendpoint: meta/llama3.2:1b\n".encode(), b"")
+
+
+@pytest.mark.smoke
+def test_set_says_what_it_did_and_whom_a_key_goes_to(config, stored):
+    path = stored(TWO)
+    changed = f"xeroctl: note: changed prod in {path}\n"
+    goes = "xeroctl: note: the API key of prod goes to https://other.example/v1 from now on\n"
+    assert config("set", "prod", "--endpoint", "e") == (0, b"", changed.encode())
+    assert config("set", "prod", "--base-url", "https://api.example/v2") == (0, b"", changed.encode())
+    assert config("set", "prod", "--base-url", "https://other.example/v1") == (0, b"", (changed + goes).encode())
+    assert path.read_text() == TWO.replace("api.example/acme", "other.example").replace(
+        f'"{KEY}"\n', f'"{KEY}"\nendpoint = "e"\n')
+    assert config("set", "prod", "--base-url", "https://api.example", "--api-key", OTHER_KEY)[2] == changed.encode()
+    assert f'api_key = "{OTHER_KEY}"' in path.read_text()
+
+
+@pytest.mark.parametrize("field", ["api_key", "api_key_keychain", "api_key_command"])
+def test_an_empty_key_removes_it_wherever_it_is_kept(config, stored, field):
+    path = stored(f'[deployment.a]\n{field} = "x"\nbase_url = "A"\n')
+    assert config("set", "a", "--api-key", "", "-q") == (0, b"", b"")
+    assert path.read_text() == '[deployment.a]\nbase_url = "A"\n'
+
+
+def test_a_key_for_set_may_come_from_standard_input(start, home):
+    where = home(TWO)
+    child = start("config", "set", "prod", "--api-key", "-", "-q", env={"HOME": str(where)})
+    child.send(OTHER_KEY.encode() + b"\n")
+    child.end_input()
+    assert child.finish() == (0, b"", b"")
+    path = where / ".config" / "xeroctl" / "config.toml"
+    assert path.read_text() == TWO.replace(KEY, OTHER_KEY)
 
 
 PIPED = [
@@ -881,7 +994,7 @@ def test_a_key_may_come_from_standard_input(start, home):
 
 def test_a_closed_standard_input_has_no_key(shell):
     child = shell('exec "$@" <&-', "config", *ADD, "--api-key", "-")
-    assert checked(child.finish()) == (2, b"", b"xeroctl: no API key on standard input\n")
+    assert checked(child.finish()) == (2, b"", b"xeroctl: error: no API key on standard input\n")
 
 
 def test_a_key_for_add_is_asked_for_unseen_at_a_terminal(terminal, home):
@@ -900,9 +1013,10 @@ def test_a_key_for_add_is_asked_for_unseen_at_a_terminal(terminal, home):
 
 WRONG_NAME = "a deployment's name is letters, digits, '.', '_', '-', not %s"
 WRONG_URL = "not a base URL: %r: one is https://api.xerotier.ai/PROJECT/v1"
+WRONG_ENDPOINT = "--endpoint must be letters, digits, '.', '_' and '-', not %r"
 WRONG_KEY = "the API key has a space, a line end or another character that no key has"
 REFUSED = [
-    (["add", "prod", *ADD[2:]], "prod is there already: remove it first, or edit {path}"),
+    (["add", "prod", *ADD[2:]], "prod is there already: change it with: xeroctl config set prod"),
     (["add", "c"], "no base URL: give --base-url URL"),
     (["add", "a b", *ADD[2:]], WRONG_NAME % "'a b'"),
     (["add", "", *ADD[2:]], WRONG_NAME % "''"),
@@ -912,14 +1026,23 @@ REFUSED = [
     (["add", "c", "--base-url", "https://me:pw@c/v1"], "a base URL holds no user or password: use --api-key"),
     ([*ADD, "--api-key", KEY + "\n"], WRONG_KEY),
     ([*ADD, "--api-key=" + KEY + "é"], WRONG_KEY),
-    (["add"], "the following arguments are required: NAME: see xeroctl config add --help"),
+    (["set", "prod"], "nothing to change: give --base-url, --api-key or --endpoint"),
+    (["set", "gone", "--endpoint", "e"], "unknown context 'gone': {path} has: prod, staging"),
+    (["set", "prod", "--base-url", "c/v1"], WRONG_URL % "c/v1"),
+    (["set", "prod", "--base-url", KEY], WRONG_URL % MASKED),
+    (["set", "prod", "--endpoint", "a b"], WRONG_ENDPOINT % "a b"),
+    (["set", "prod", "--endpoint", "meta/llama"], WRONG_ENDPOINT % "meta/llama"),
+    (["set", "prod", "--endpoint", "e", "--dry-run"], "--dry-run shows requests: config cannot be tried with it"),
+    ([*ADD, "--endpoint", "a/b"], WRONG_ENDPOINT % "a/b"),
+    (["use", KEY], f"unknown context '{MASKED}': {{path}} has: prod, staging"),
+    (["add"], "NAME is missing"),
     (["use", "gone"], "unknown context 'gone': {path} has: prod, staging"),
     (["use", ""], "unknown context '': {path} has: prod, staging"),
     (["show", "gone"], "unknown context 'gone': {path} has: prod, staging"),
     (["show", "--context", "gone"], "unknown context 'gone': {path} has: prod, staging"),
     (["remove", "gone"], "unknown context 'gone': {path} has: prod, staging"),
-    (["remove", "prod", "staging"], "unknown argument staging, which no option takes (a message goes after -m): see "
-                                    "xeroctl config --help"),
+    (["remove", "prod", "staging"], "xeroctl config remove takes no further word like 'staging': see "
+                                    "xeroctl config remove --help"),
     (["init"], "config init asks at a terminal: without one use xeroctl config add"),
     (["init", "--dry-run"], "--dry-run shows requests: config cannot be tried with it"),
     ([*ADD, "--dry-run"], "--dry-run shows requests: config cannot be tried with it"),
@@ -934,7 +1057,7 @@ def test_what_is_wrong_is_told_in_one_line_and_nothing_written(config, stored, a
     path = stored(TWO)
     status, out, err = config(*arguments)
     assert (status, out, err.count(b"\n")) == (2, b"", 1)
-    assert err.decode() == "xeroctl: " + message.format(path=path) + "\n"
+    assert err.decode() == "xeroctl: error: " + message.format(path=path) + "\n"
     assert KEY.encode() not in err and b"pw" not in err
     assert path.read_text() == TWO
 
@@ -949,7 +1072,7 @@ def test_a_value_with_a_quote_in_it_is_written_so_that_it_is_read_again(config, 
 
 def test_errors_and_notes_are_objects_when_asked_for(config, stored):
     path = stored(TWO)
-    note = {"kind": "notice", "message": "staging is the current context"}
+    note = {"kind": "note", "message": "staging is the current context"}
     error = {"kind": "usage", "message": f"unknown context 'gone': {path} has: prod, staging"}
     for name, status, said in (("staging", 0, note), ("gone", 2, error)):
         found, out, err = config("use", name, "-o", "json")
@@ -965,7 +1088,7 @@ def test_the_environment_adds_nothing(start, home):
     path = first / ".config" / "xeroctl" / "config.toml"
     assert children[0].finish() == (0, b"", f"xeroctl: note: added c to {path}: it is the current one\n".encode())
     assert path.read_text() == drawn(ONLY_ADD["an empty file"], "a")
-    assert children[1].finish() == (2, b"", b"xeroctl: no base URL: give --base-url URL\n")
+    assert children[1].finish() == (2, b"", b"xeroctl: error: no base URL: give --base-url URL\n")
 
 
 # -- list, show, path ------------------------------------------------
@@ -1004,6 +1127,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.smoke
 def test_a_list_in_a_pipe_is_separated_by_tabs(config, stored):
     stored(SIX)
     lines = "".join("\t".join(row) + "\n" for row in ROWS).encode()
@@ -1022,15 +1146,27 @@ def test_a_list_on_a_terminal_is_a_table(terminal, env):
     child = terminal("config", columns=120)
     assert child.finish() == 0
     assert screen(child.output, 120) == [
-        "NAME     CURRENT  BASE URL                     KEY",
-        "prod     *        https://api.example/acme/v1  ****6789",
-        "short             http://localhost:8080/v1     ****",
-        "sixteen                                        ****mnop",
-        "chain             https://c.example/v1         keychain xeroctl chain",
-        "run               https://r.example/v1         command pass show 'a b'",
-        "a b",
-        "a",
+        "   NAME     KEY                      ENDPOINT  BASE URL",
+        "*  prod     ****6789                           https://api.example/acme/v1",
+        "   short    ****                               http://localhost:8080/v1",
+        "   sixteen  ****mnop",
+        "   chain    keychain xeroctl chain             https://c.example/v1",
+        "   run      command pass show 'a b'            https://r.example/v1",
+        "   a b",
+        "   a",
     ]
+    assert child.output.startswith(b"\x1b[1m   NAME") and child.output.count(b"\x1b[") == 2
+
+
+def test_a_list_cuts_urls_in_the_middle_where_the_terminal_is_narrow(terminal, env):
+    url = "https://a-long-name.example/and/a-long/path/v1"
+    write_config(env["HOME"], table(base_url=url, api_key_command="pass show of/a/rather/long/name", endpoint="e"))
+    child = terminal("config", columns=80, env={"NO_COLOR": "1"})
+    assert child.finish() == 0
+    heading, line = screen(child.output, 80)
+    assert heading == "   NAME  KEY                             ENDPOINT  BASE URL"
+    assert re.fullmatch(r"\*  prod  command pass \S+\.\.\.\S+/long/name  e         https://a\S+\.\.\.\S+/v1", line)
+    assert len(line) == 80
 
 
 @pytest.mark.parametrize("text", [None, "", "# mine\n", "[ui]\nx = 1\n"], ids=ascii)
@@ -1056,6 +1192,7 @@ def test_the_list_as_json_has_the_file_with_its_keys_masked(config, stored):
     assert json.loads(config("-o", "json")[1].decode()) == {"current": None, "deployment": {}}
 
 
+@pytest.mark.smoke
 def test_show_tells_of_the_chosen_one_or_of_another(config, stored):
     stored(SIX)
     prod = f"name: prod\nbase_url: https://api.example/acme/v1\napi_key: {MASKED}\noutput: json\n".encode()
@@ -1076,9 +1213,9 @@ def test_show_heeds_the_context_of_the_environment(run, env):
 
 def test_show_without_a_choice_names_the_known_ones(config, stored):
     path = stored("[deployment.b]\n[deployment.a]\n")
-    assert config("show") == (2, b"", f"xeroctl: no context is chosen: {path} has: a, b\n".encode())
+    assert config("show") == (2, b"", f"xeroctl: error: no context is chosen: {path} has: a, b\n".encode())
     path = stored('current = "gone"\n[deployment.a]\n')
-    assert config("show") == (2, b"", f"xeroctl: unknown context 'gone': {path} has: a\n".encode())
+    assert config("show") == (2, b"", f"xeroctl: error: unknown context 'gone': {path} has: a\n".encode())
 
 
 def test_a_date_is_shown_as_it_is_written(config, stored, reads_all_toml):
@@ -1089,13 +1226,15 @@ def test_a_date_is_shown_as_it_is_written(config, stored, reads_all_toml):
         assert config("show", "a")[0] == 2
 
 
+@pytest.mark.smoke
+@pytest.mark.needs("utf-8-terminal")
 def test_nothing_in_the_file_drives_a_terminal(terminal, env):
     values = 'base_url = "\\u001b[31mred\\u009b2J\\r"\nx = "\\u001b]0;t"\n'
     write_config(env["HOME"], 'current = "a"\n[deployment.a]\n' + values)
     children = [terminal("config", verb) for verb in ("list", "show")]
     for child in children:
         assert child.finish() == 0
-        assert b"\x1b" not in child.output and "\u241b[31mred".encode() in child.output
+        assert b"\x1b" not in child.output.replace(b"\x1b[1m", b"").replace(b"\x1b[0m", b"") and "\u241b[31mred".encode() in child.output
 
 
 def test_the_path_is_shown_whatever_is_there(config, stored):
@@ -1132,7 +1271,7 @@ def test_names_in_the_environment_are_utf8(start, tmp_path, changes):
                 for name in ("é", "ü")]
     found, missing = [child.finish() for child in children]
     assert found == (0, "name: é\nbase_url: https://h/v1\n".encode(), b"")
-    assert (missing.status, missing.stderr.decode().startswith("xeroctl: unknown context 'ü': ")) == (2, True)
+    assert (missing.status, missing.stderr.decode().startswith("xeroctl: error: unknown context 'ü': ")) == (2, True)
 
 
 def test_changes_at_the_same_time_are_all_made(start, env):
@@ -1174,7 +1313,7 @@ def test_a_broken_file_is_left_alone_and_its_line_named(config, stored, text, li
     for arguments in VERBS:
         status, out, err = config(*arguments)
         assert (status, out, err.count(b"\n")) == (2, b"", 1)
-        assert err.startswith(f"xeroctl: {path}: ".encode()) and f"(at line {line}".encode() in err
+        assert err.startswith(f"xeroctl: error: {path}: ".encode()) and f"(at line {line}".encode() in err
         assert KEY.encode() not in err
     assert path.read_bytes() == old
 
@@ -1188,7 +1327,7 @@ def test_a_value_of_the_wrong_kind_is_named_and_left_alone(config, stored, text)
     for arguments in VERBS:
         status, out, err = config(*arguments)
         assert (status, out, err.count(b"\n")) == (2, b"", 1)
-        assert re.match(rf"xeroctl: {re.escape(str(path))}: [\w.]+ is not (text|a table)\n", err.decode())
+        assert re.match(rf"xeroctl: error: {re.escape(str(path))}: [\w.]+ is not (text|a table)\n", err.decode())
         assert b"1234" not in err and KEY.encode() not in err
     assert path.read_text() == text
 
@@ -1207,7 +1346,8 @@ def test_no_key_is_ever_shown_in_full(config, stored):
 
 # -- init ------------------------------------------------------------
 
-NAME, URL, SECRET, KEEP = "name [default]: ", "completions): ", "Enter for none: ", "Keep it all the same? [y/N] "
+NAME, URL, SECRET, ENDPOINT = "name [default]: ", "completions): ", "Enter for none: ", "with each command]: "
+KEEP = "Keep it all the same? [y/N] "
 CTRL_C, CTRL_D = "\x03", "\x04"
 
 
@@ -1246,38 +1386,44 @@ def nobody():
         yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
 
 
-def kept(url, name="default", key=None):
+def kept(url, name="default", **fields):
     """Return the text of a file with one deployment."""
-    return f'current = "{name}"\n\n[deployment.{name}]\nbase_url = "{url}"\n' + (f'api_key = "{key}"\n' if key else "")
+    lines = [f'current = "{name}"', "", f"[deployment.{name}]", f'base_url = "{url}"']
+    return "\n".join(lines + [f'{field} = "{value}"' for field, value in fields.items()] + [""])
 
 
+@pytest.mark.needs("utf-8-terminal")
+@pytest.mark.smoke
 def test_init_asks_until_it_has_an_answer_and_checks_the_address(init, server):
     server.script(MODELS)
     url = server.url + "/acme/v1"
     child = init(env={"XEROTIER_BASE_URL": "http://a.invalid", "XEROTIER_API_KEY": OTHER_KEY, "XEROTIER_CONTEXT": "x"})
     type_in(child, (NAME, "a b\n"), (NAME, "prod\n"), (URL, "\n"), (URL, "api.example/v1\n"), (URL, url + "/\n"),
-            (SECRET, KEY + " é\n"), (SECRET, KEY + "\n"))
-    assert written(child) == (0, kept(url, "prod", KEY))
+            (SECRET, KEY + " é\n"), (SECRET, KEY + "\n"), (ENDPOINT, "a b\n"), (ENDPOINT, "\n"))
+    assert written(child) == (0, kept(url, "prod", api_key=KEY))
     request, = server.requests
     assert (request.method, request.target) == ("GET", "/acme/v1/models")
     assert request.headers["authorization"] == "Bearer " + KEY
     path = child.home / ".config" / "xeroctl" / "config.toml"
     asks_url = "base URL (Xerotier .../PROJECT/v1, else .../chat/completions): "
     asks_key = "API key, not shown; Enter for none:"
+    asks_endpoint = "endpoint [to be given with each command]:"
     assert " ".join(screen(child.output, 400)).split() == " ".join([
-        "name [default]: a b", "xeroctl: " + WRONG_NAME % "'a b'", "name [default]: prod",
-        asks_url, "xeroctl: " + WRONG_URL % "", asks_url, "api.example/v1", "xeroctl: " + WRONG_URL % "api.example/v1",
-        asks_url, url + "/", asks_key, "xeroctl: " + WRONG_KEY, asks_key,
+        "name [default]: a b", "xeroctl: error: " + WRONG_NAME % "'a b'", "name [default]: prod",
+        asks_url, "xeroctl: error: " + WRONG_URL % "", asks_url, "api.example/v1", "xeroctl: error: " + WRONG_URL % "api.example/v1",
+        asks_url, url + "/", asks_key, "xeroctl: error: " + WRONG_KEY, asks_key,
+        asks_endpoint, "a b", "xeroctl: error: the endpoint must be letters, digits, '.', '_' and '-', not 'a b'", asks_endpoint,
         f"xeroctl: note: added prod to {path}: it is the current one",
         "xeroctl: note: next: xeroctl chat --context prod --endpoint SLUG -m Hello"]).split()
 
 
 def test_init_asks_for_another_name_where_one_is_taken(init, server):
     server.script(MODELS)
-    text = kept("https://api.example/v1", key=KEY)
+    text = kept("https://api.example/v1", api_key=KEY)
     child = type_in(init(content=text), (NAME, "\n"))
-    child.expect("xeroctl: default is there already: take another name")
-    type_in(child, (NAME, "default\n"), (NAME, "two\n"), (URL, server.url + "/v1\n"), (SECRET, "\n"))
+    child.expect("default is there already: take another name")
+    type_in(child, (NAME, "default\n"), (NAME, "two\n"), (URL, server.url + "/v1\n"), (SECRET, "\n"),
+            (ENDPOINT, "\n"))
     assert written(child) == (0, text + f'\n[deployment.two]\nbase_url = "{server.url}/v1"\n')
     assert "authorization" not in server.requests[0].headers
 
@@ -1294,13 +1440,14 @@ def test_init_asks_whether_to_keep_an_address_that_does_not_answer_as_it_should(
     children = [init() for _ in ANSWERS]
     for child, (answer, doubtful) in zip(children, ANSWERS):
         type_in(child, (NAME, "\n"), (URL, server.url + "/v1\n"))
-        child.expect(SECRET)
+        type_in(child, (SECRET, KEY + "\n"))
+        child.expect(ENDPOINT)
         server.script(answer)
-        child.send(KEY + "\n")
+        child.send("\n")
         if doubtful:
             child.expect(KEEP)
             child.send("y\n")
-        assert written(child) == (0, kept(server.url + "/v1", key=KEY)), answer
+        assert written(child) == (0, kept(server.url + "/v1", api_key=KEY)), answer
         assert (b"Keep it" in child.output) is doubtful, answer
 
 
@@ -1309,41 +1456,41 @@ def test_init_tells_why_an_address_is_doubtful(init, server, nobody):
     server.script(json_response({"error": {"message": f"unknown key {KEY}"}}, "401 Unauthorized"))
     lines = ["unknown key ", "cannot connect|refused"]
     for child, url, line in zip(children, (server.url + "/v1", nobody), lines):
-        type_in(child, (NAME, "\n"), (URL, url + "\n"), (SECRET, KEY + "\n"))
-        child.expect(re.compile("xeroctl: .*" + line, re.IGNORECASE))
+        type_in(child, *until(KEEP, url))
+        child.expect(re.compile("error.*" + line, re.IGNORECASE))
         type_in(child, (KEEP, "yes\n"))
-        assert written(child) == (0, kept(url, key=KEY))
+        assert written(child) == (0, kept(url, api_key=KEY))
 
 
 def test_init_writes_nothing_unless_a_doubtful_address_is_kept(init, nobody):
     replies = ["n\n", "\n", "what\n", CTRL_D]
     children = [init() for _ in replies]
     for child, reply in zip(children, replies):
-        type_in(child, (NAME, "\n"), (URL, nobody + "\n"), (SECRET, KEY + "\n"), (KEEP, reply))
+        type_in(child, *until(KEEP, nobody), (KEEP, reply))
     for child in children:
         assert written(child) == (2, None)
-        assert screen(child.output, 120)[-1].endswith("xeroctl: nothing was written")
+        assert screen(child.output, 120)[-1].endswith("xeroctl: error: nothing was written")
         assert os.listdir(child.home) == []
 
 
 def until(prompt, url):
     """Return the answers to all prompts before *prompt*."""
-    pairs = [(NAME, "\n"), (URL, url + "\n"), (SECRET, KEY + "\n")]
-    return pairs[:[NAME, URL, SECRET, KEEP].index(prompt)]
+    pairs = [(NAME, "\n"), (URL, url + "\n"), (SECRET, KEY + "\n"), (ENDPOINT, "\n")]
+    return pairs[:[NAME, URL, SECRET, ENDPOINT, KEEP].index(prompt)]
 
 
 def test_ctrl_d_at_any_question_of_init_writes_nothing(init, nobody):
-    prompts = [NAME, URL, SECRET]
+    prompts = [NAME, URL, SECRET, ENDPOINT]
     children = [init() for _ in prompts]
     for child, prompt in zip(children, prompts):
         type_in(child, *until(prompt, nobody), (prompt, CTRL_D))
     for child in children:
         assert written(child) == (2, None)
-        assert screen(child.output, 120)[-1].endswith("xeroctl: nothing was written")
+        assert screen(child.output, 120)[-1].endswith("xeroctl: error: nothing was written")
 
 
 def test_ctrl_c_at_any_question_of_init_writes_nothing(init, nobody):
-    prompts = [NAME, URL, SECRET, KEEP]
+    prompts = [NAME, URL, SECRET, ENDPOINT, KEEP]
     children = [init() for _ in prompts]
     for child, prompt in zip(children, prompts):
         type_in(child, *until(prompt, nobody))
@@ -1367,21 +1514,51 @@ def test_ctrl_c_while_init_checks_the_address_writes_nothing(init, server):
 
 
 def test_an_address_with_a_place_for_the_endpoint_is_kept_unasked(init):
-    child = type_in(init(), (NAME, "\n"), (URL, "https://{endpoint}.api.invalid/v1\n"), (SECRET, KEY + "\n"))
-    assert written(child) == (0, kept("https://{endpoint}.api.invalid/v1", key=KEY))
+    child = type_in(init(), (NAME, "\n"), (URL, "https://{endpoint}.api.invalid/v1\n"), (SECRET, KEY + "\n"),
+                    (ENDPOINT, "\n"))
+    assert written(child) == (0, kept("https://{endpoint}.api.invalid/v1", api_key=KEY))
 
 
 def test_init_keeps_its_questions_off_a_pipe(init, server):
     server.script(MODELS)
     child = init("--quiet", stdout=subprocess.PIPE)
-    type_in(child, (NAME, "prod\n"), (URL, server.url + "\n"), (SECRET, KEY + "\n"))
-    assert written(child) == (0, kept(server.url, "prod", KEY))
+    type_in(child, (NAME, "prod\n"), (URL, server.url + "\n"), (SECRET, KEY + "\n"), (ENDPOINT, "\n"))
+    assert written(child) == (0, kept(server.url, "prod", api_key=KEY))
     assert child.stdout == b""
+
+
+PLAIN = {  # base URL, what is asked for, and the base URL that is kept
+    "slug": ("/acme/v1", ["/acme/e/v1/models"], "/acme/v1"),
+    "plain": ("/v1", ["/e/v1/models", "/v1/models"], "/v1/chat/completions"),
+    "without v1": ("", ["/e/v1/models", "/v1/models"], "/v1/chat/completions"),
+    "whole": ("/v1/chat/completions", ["/v1/models"], "/v1/chat/completions"),
+    "neither": ("/other/v1", ["/other/e/v1/models", "/other/v1/models"], "/other/v1"),
+    "down": ("/down/v1", ["/down/e/v1/models", "/down/v1/models"], "/down/v1"),
+}
+
+
+@pytest.mark.parametrize("base, targets, keeps", PLAIN.values(), ids=PLAIN)
+def test_init_tries_the_address_that_a_server_without_slugs_would_have(init, server, base, targets, keeps):
+    missing = json_response({"detail": "Not Found"}, "404 Not Found")
+    answers = {"/acme/e/v1/models": MODELS, "/v1/models": MODELS, "/down/v1/models": loopback.response(b"<html></html>")}
+    for target in targets:
+        server.script(answers.get(target, missing))
+    child = type_in(init(), (NAME, "\n"), (URL, server.url + base + "\n"), (SECRET, KEY + "\n"), (ENDPOINT, "e\n"))
+    assert written(child) == (0, kept(server.url + keeps, api_key=KEY, endpoint="e"))
+    assert [request.target for request in server.requests] == targets
+    assert (b"answers: that is kept" in child.output) is (keeps != base)
+    assert b"next: xeroctl chat --context default -m Hello" in child.output
+
+
+def test_init_takes_what_options_give(init, server):
+    server.script(MODELS)
+    child = type_in(init("--base-url", server.url + "/v1", "--endpoint", "e", "--api-key", KEY), (NAME, "\n"))
+    assert written(child) == (0, kept(server.url + "/v1", api_key=KEY, endpoint="e"))
 
 
 def test_init_takes_no_notice_of_a_context(init, server):
     server.script(MODELS)
-    child = type_in(init("--context", "gone"), (NAME, "\n"), (URL, server.url + "\n"), (SECRET, "\n"))
+    child = type_in(init("--context", "gone"), (NAME, "\n"), (URL, server.url + "\n"), (SECRET, "\n"), (ENDPOINT, "\n"))
     assert written(child) == (0, kept(server.url))
 
 
@@ -1548,7 +1725,7 @@ def test_no_program_is_run_for_a_key_that_goes_nowhere(ask, driver, programs, pl
     status, out, err = ask(table(base_url="https://api.invalid/v1", **{place: "pass"}), "--dry-run")
     assert (status, b"Bearer $XEROTIER_API_KEY" in out, err) == (0, True, b"")
     status, out, err = driver.run("chat", "-m", "hi")
-    assert (status, out, err.startswith(b"xeroctl: no endpoint: ")) == (2, b"", True)
+    assert (status, out, err.startswith(b"xeroctl: error: no endpoint: ")) == (2, b"", True)
     assert programs.runs() == []
 
 
@@ -1559,8 +1736,9 @@ FAILURES = [
     (KEYCHAIN, "exit 1", "security gave no API key (status 1)"),
     (KEYCHAIN, "", "security gave no API key (status 0)"),
     (KEYCHAIN, f"echo; echo {KEY}", "security gave no API key (status 0)"),
-    (COMMAND, "echo '  '; echo why >&2", "pass x gave no API key (status 0): why"),
-    (COMMAND, "printf 'a\\033[31mb\\377\\n' >&2; exit 2", "pass x gave no API key (status 2): a\u241b[31mb\ufffd"),
+    (KEYCHAIN, "printf 'a\\033[31mb\\377\\n' >&2; exit 2", "security gave no API key (status 2): a\u241b[31mb\ufffd"),
+    (COMMAND, "echo '  '", "pass x gave no API key (status 0)"),
+    (COMMAND, "exit 2", "pass x gave no API key (status 2)"),
     (COMMAND, f"echo {KEY} {KEY}", WRONG_KEY),
     (COMMAND, f"printf '{KEY}\\377\\n'", WRONG_KEY),
     ({"api_key_command": "gone x"}, "", "cannot run gone x for the API key: No such file or directory"),
@@ -1576,7 +1754,21 @@ def test_a_key_that_cannot_be_fetched_is_one_line(ask, programs, place, body, li
     programs.add("security", body).add("pass", body)
     status, out, err = ask(table(base_url="https://api.invalid/v1", **place))
     assert (status, out) == (2, b"")
-    assert err.decode().replace(": 'gone'", "") == f"xeroctl: {line}\n"  # Python 3.6 and 3.7 name the file once more
+    assert err.decode().replace(": 'gone'", "") == f"xeroctl: error: {line}\n"  # Python 3.6 and 3.7 name the file once more
+
+
+def test_what_a_command_says_is_shown_while_it_runs(start, home, programs, driver, tmp_path):
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    programs.add("pass", f"echo touch your key >&2; read -r line <'{fifo}'; echo and why >&2; exit 3")
+    where = home(table(base_url="https://api.invalid/v1", api_key_command="pass x"))
+    child = start("chat", "--endpoint", "e", "-m", "hi", "-q", stderr=subprocess.STDOUT,
+                  env={"PATH": driver.env["PATH"], "HOME": str(where)})
+    child.expect("touch your key\n")
+    Path(fifo).write_text("touched\n")
+    assert child.finish() == (
+        2, b"touch your key\nand why\nxeroctl: error: pass x gave no API key (status 3)\n", b"")
+    assert programs.runs() == ["<pass><x>"]
 
 
 @pytest.mark.parametrize("text", [" ", "\t", "''"], ids=repr)
@@ -1590,13 +1782,14 @@ def test_a_keychain_that_nothing_here_can_read_is_named(ask, programs):
     text = table(base_url="https://api.invalid/v1", api_key_keychain="my key")
     message = ("the API key is 'my key' in a keychain, and neither security nor secret-tool is here to read it: "
                "set XEROTIER_API_KEY")
-    assert ask(text) == (2, b"", f"xeroctl: {message}\n".encode())
+    assert ask(text) == (2, b"", f"xeroctl: error: {message}\n".encode())
     status, out, err = ask(text, "-o", "json")
     assert (status, out, json.loads(err.decode())["message"]) == (2, b"", message)
     status, out, err = ask(text, "--dry-run", "--api-key", KEY)
     assert (status, err) == (0, b"") and b"Authorization" in out
 
 
+@pytest.mark.smoke
 def test_a_signal_ends_the_wait_for_a_program_and_the_program(start, home, programs, driver, tmp_path):
     where = home(table(base_url="https://api.invalid/v1", api_key_command="pass"))
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,5 +1,6 @@
-"""Bytes into events, events into a Reply, bodies into errors: tables of cases, and what random input does."""
+"""Bytes into bodies, bodies into events, events into a Reply, errors out of anything: tables of cases, and random input."""
 
+import gzip
 import json
 import random
 import time
@@ -52,6 +53,7 @@ STREAMS = [
     ("a name after the data", b"data: a\nevent: x\n\n", [("x", "a")]),
     ("an empty name", b"event: x\nevent:\ndata: a\n\n", messages("a")),
     ("comments", b": ping\n:\ndata: a\n: data: x\n\n:\n\n", messages("a")),
+    ("a name that is shorter", b"dat: x\nerror: x\n{\ndata: a\n\n", messages("a")),
     ("other fields", b"id: 1\nretry: 10\nfoo: bar\nid\nx\ndata: a\n\n", messages("a")),
     ("names are exact", b"DATA: x\ndata : x\n data: x\ndatas: x\ndat: x\ndata: a\n\n", messages("a")),
     ("a mark at the start", BOM + b"data: a\n\n", messages("a")),
@@ -79,6 +81,7 @@ def test_a_stream_has_these_events(xeroctl, data, events):
     assert decoded(xeroctl, data) == events
 
 
+@pytest.mark.smoke
 @cases
 def test_a_cut_anywhere_changes_nothing(xeroctl, data, events):
     for at in range(len(data) + 1):
@@ -86,6 +89,7 @@ def test_a_cut_anywhere_changes_nothing(xeroctl, data, events):
         assert decoded(xeroctl, data[:at], b"", data[at:at + 1], b"", data[at + 1:]) == events, at
 
 
+@pytest.mark.smoke
 @cases
 def test_one_byte_at_a_time_is_enough(xeroctl, data, events):
     assert decoded(xeroctl, *(data[at:at + 1] for at in range(len(data)))) == events
@@ -93,10 +97,11 @@ def test_one_byte_at_a_time_is_enough(xeroctl, data, events):
 
 def test_an_event_comes_with_the_byte_that_ends_it(xeroctl):
     decoder = xeroctl.EventDecoder()
-    fed = [len(list(decoder.feed(bytes([byte])))) for byte in b"data: a\n\ndata: b\r\r"]
+    fed = [len(decoder.feed(bytes([byte]))) for byte in b"data: a\n\ndata: b\r\r"]
     assert fed == [0] * 8 + [1] + [0] * 8 + [1]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("size", [64, 65536])
 def test_a_line_of_5_megabytes_takes_no_longer_than_many_short_ones(xeroctl, size):
     data = b"data: " + b"x" * 5000000 + b"\n\n"
@@ -114,35 +119,183 @@ def test_an_event_without_end_is_refused(xeroctl, monkeypatch):
             decoded(xeroctl, *[piece] * 300)
 
 
+@pytest.mark.parametrize("data, blocks", [
+    (b'{"a": 1}', ['{"a": 1}']),
+    (b'{"a":\n 1}\n\ndata: x\n\n{"b"}\n', ['{"a":\n 1}', '{"b"}']),
+    (b"error: x\r\n\r\n", ["error: x"]),
+    (b"foo\rdata: a\rbar: \xff\r\r", ["foo\nbar: \ufffd"]),
+    (BOM + b"{}\n", ["{}"]),
+    (b"data: a\n\nevent: x\nid: 1\nretry: 1\n: x\n:\n", []),
+    (b"data: not ended", []),
+    (b"", []),
+], ids=str)
+def test_what_is_no_field_is_kept_apart(xeroctl, data, blocks):
+    for at in range(len(data) + 1):
+        decoder = xeroctl.EventDecoder()
+        decoder.feed(data[:at])
+        decoder.feed(data[at:])
+        decoder.finish()
+        assert decoder.stray == blocks, at
+
+
+# -- Bodies ----------------------------------------------------------
+
+TE, GZIP = b"Transfer-Encoding: chunked\r\n", b"Content-Encoding: gzip\r\n"
+FIVE = b"5\r\nHello\r\n"
+BODIES = [  # headers, what follows the blank line, the body, whether it is complete at its end, what is left
+    ("length", b"Content-Length: 5\r\n", b"HelloHTTP", b"Hello", True, b"HTTP"),
+    ("length of zero", b"Content-Length: 0\r\n", b"HTTP", b"", True, b"HTTP"),
+    ("until the close", b"", b"Hello", b"Hello", False, b""),
+    ("chunks", TE, b"3\r\nHel\r\n2\r\nlo\r\n0\r\n\r\nHTTP", b"Hello", True, b"HTTP"),
+    ("chunks that hold line ends", TE, b"7\r\n\r\n5\r\n\r\n\r\n2\r\n\r\n\r\n0\r\n\r\n", b"\r\n5\r\n\r\n\r\n", True, b""),
+    ("an extension", TE, b"5;a=b\r\nHello\r\n0;c\r\n\r\n", b"Hello", True, b""),
+    ("blanks and zeros", TE, b"0005  \r\nHello\r\n000\r\n\r\n", b"Hello", True, b""),
+    ("capitals", TE, b"A\r\nHelloHello\r\n0\r\n\r\n", b"HelloHello", True, b""),
+    ("trailers", TE, FIVE + b"0\r\nA: b\r\nC: d\r\n\r\nHTTP", b"Hello", True, b"HTTP"),
+    ("chunks beside a length", TE + b"Content-Length: 2\r\n", FIVE + b"0\r\n\r\n", b"Hello", True, b""),
+    ("gzip", GZIP, gzip.compress(b"Hello"), b"Hello", False, b""),
+    ("gzip in chunks", GZIP + TE, b"%x\r\n%b\r\n0\r\n\r\n" % (len(gzip.compress(b"Hello")), gzip.compress(b"Hello")), b"Hello", True, b""),
+]
+
+
+def body_of(xeroctl, *pieces, method="POST"):
+    decoder = xeroctl.ResponseDecoder(method)
+    return decoder, b"".join([decoder.feed(piece) for piece in pieces])
+
+
+@pytest.mark.parametrize("headers, sent, body, complete, unread", [case[1:] for case in BODIES], ids=[case[0] for case in BODIES])
+def test_a_body_is_the_same_however_it_is_cut(xeroctl, headers, sent, body, complete, unread):
+    data = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\n" + headers + b"\r\n" + sent
+    ways = [[data[:at], data[at:]] for at in range(len(data) + 1)] + [[data[at:at + 1] for at in range(len(data))]]
+    for way in ways:
+        decoder, seen = body_of(xeroctl, *way)
+        assert (seen, decoder.complete, decoder.unread) == (body, complete, unread), way
+        decoder.finish()
+        assert decoder.complete and decoder.head.status == 200
+
+
+@pytest.mark.parametrize("headers, sent, body", [
+    (b"Content-Length: 9\r\n", b"Hello", b"Hello"),
+    (TE, FIVE, b"Hello"),
+    (TE, b"9\r\nHello", b"Hello"),
+    (TE, FIVE + b"zz\r\n", b"Hello"),
+    (TE, FIVE + b"-5\r\nHello", b"Hello"),
+    (TE, FIVE + b"\r\n\r\n", b"Hello"),
+    (TE, FIVE + b"f" * 70000, b"Hello"),
+    (TE, b"4\r\nHello\r\n0\r\n\r\n", b"Hell"),
+    (TE, b"", b""),
+], ids=str)
+def test_a_body_that_is_broken_gives_what_stands_before(xeroctl, headers, sent, body):
+    decoder, seen = body_of(xeroctl, b"HTTP/1.1 200 OK\r\n" + headers + b"\r\n" + sent)
+    assert seen == body and not decoder.complete
+    with pytest.raises(xeroctl.IncompleteError):
+        decoder.finish()
+
+
+def test_a_coding_that_is_broken_gives_what_stands_before(xeroctl):
+    data = gzip.compress(b"Hello")
+    decoder, seen = body_of(xeroctl, b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n" + GZIP + b"\r\n" + data[:-8], b"\xff" * 9)
+    assert seen == b"Hello"
+    for call in (lambda: decoder.feed(b""), decoder.finish):
+        with pytest.raises(xeroctl.ServerError):
+            call()
+
+
+@pytest.mark.parametrize("data", [b"SSH-2.0-OpenSSH\r\n", b"\r\nHTTP/1.1 200 OK\r\n\r\n", b"HTTP/2 200\r\n\r\n", b"\x15\x03\x03", b"HTTP/1.1 2000 OK\r\n\r\n", b"<"],
+                         ids=str)
+def test_what_is_no_http_is_said_at_once(xeroctl, data):
+    with pytest.raises(xeroctl.WireError):
+        body_of(xeroctl, *(data[at:at + 1] for at in range(len(data))))
+
+
+@pytest.mark.parametrize("data", [b"", b"HTTP/1.1 2", b"HTTP/1.1 200 OK\r\nA: b\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"], ids=str)
+def test_a_head_that_does_not_end_is_none(xeroctl, data):
+    decoder, body = body_of(xeroctl, data)
+    with pytest.raises(xeroctl.IncompleteError):
+        decoder.finish()
+    assert (decoder.head, body) == (None, b"")
+
+
+@pytest.mark.parametrize("data, method, keeps", [
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "POST", True),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: Close\r\n\r\n", "POST", False),
+    (b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n", "POST", False),
+    (b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\nConnection: keep-alive\r\n\r\n", "POST", True),
+    (b"HTTP/1.1 204 No Content\r\n\r\n", "POST", True),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n", "HEAD", True),
+    (b"HTTP/1.1 200 OK\r\n\r\n", "CONNECT", True),
+    (b"HTTP/1.1 200 OK\r\n" + TE + b"\r\n0\r\n\r\n", "GET", True),
+], ids=str)
+def test_whether_another_response_can_follow(xeroctl, data, method, keeps):
+    decoder, body = body_of(xeroctl, data, method=method)
+    assert (body, decoder.complete, decoder.keeps_open) == (b"", True, keeps)
+
+
+def test_a_head_is_kept_as_it_came(xeroctl):
+    data = b"HTTP/1.1 200 Fine\r\nA: b\r\na:  c \r\nnonsense\r\n: x\r\nContent-Type: text/\r\n plain\r\n\r\n"
+    head = body_of(xeroctl, data)[0].head
+    assert head[:3] == ("1.1", 200, "Fine")
+    assert head.headers == {"a": "b, c", "content-type": "text/ plain"}
+    assert head.lines == ["HTTP/1.1 200 Fine", "A: b", "a:  c ", "nonsense", ": x", "Content-Type: text/ plain"]
+
+
 # -- Replies ---------------------------------------------------------
 
 ODD = [None, True, False, 0, -1, 1.5, "", "text", [], [None], [[]], {}, {"x": None}]
+
+
+def context(xeroctl, status=200, headers=None, secrets=(KEY,), url="http://h/e/v1/chat/completions", method="POST"):
+    return xeroctl.ErrorContext(status, headers or {}, list(secrets), url, "", method, "http://h/v1/chat/completions")
+
+
+def decoder_of(xeroctl, headers=None):
+    head = xeroctl.ResponseHead("1.1", 200, "OK", {"content-type": "text/event-stream", **(headers or {})}, [])
+    return xeroctl.AnswerDecoder(True, head, context(xeroctl, headers=head.headers))
+
+
+def answered(xeroctl, documents, more=b""):
+    """Return the Reply that a stream of *documents* is, and the error in it."""
+    decoder, reply = decoder_of(xeroctl), xeroctl.Reply()
+    data = sse(*(json.dumps(document).encode().join((b"data: ", b"\n\n")) for document in documents))
+    for part in (decoder.feed(data + more, 1.0), decoder.finish(2.0)):
+        if part:
+            reply.add(part)
+    return reply, decoder.error
 
 
 def choices(value):
     return {"choices": value}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("document", [
     *ODD,
     *map(choices, ODD),
     *(choices([value]) for value in ODD),
-    *(choices([{"index": value, "delta": {"content": "x"}}]) for value in (1, -1, "0", [], {}, 0.5)),
     *(choices([{"delta": value}]) for value in ODD),
+    *(choices([{"message": value}]) for value in ODD),
     *(choices([{"delta": {"content": value}}]) for value in ODD if value != "text"),
     *(choices([{"delta": {"content": [{"text": value}]}}]) for value in ODD if value != "text"),
     *(choices([{"delta": {"refusal": value}}]) for value in ODD if value != "text"),
     *(choices([{"delta": {"reasoning": value, "reasoning_content": value}}]) for value in ODD if value != "text"),
-    *(choices([{"delta": {"tool_calls": value}}]) for value in ODD),
+    *(choices([{"delta": {"tool_calls": value, "function_call": value and []}}]) for value in ODD),
     *(choices([{"finish_reason": value}]) for value in ODD if value != "text"),
     *({"usage": value} for value in ODD),
     *({"id": value, "model": value} for value in ODD if value != "text"),
 ], ids=repr)
 def test_a_document_of_a_wrong_shape_adds_nothing(xeroctl, document):
-    reply = xeroctl.Reply()
-    assert (reply.add(document), reply.text, reply.begun, reply.finish_reason) == ("", "", False, None)
-    assert (reply.id, reply.model, reply.chunks) == (None, None, 0)
-    assert reply.usage is None or set(reply.usage) == {None}
+    reply, _ = answered(xeroctl, [document])
+    assert (reply.text, reply.started, reply.finish_reason, reply.has_reasoning) == ("", False, None, False)
+    assert (reply.id, reply.model, reply.deltas, reply.tool_calls) == (None, None, 0, [])
+    assert set(reply.usage) == {None}
+
+
+@pytest.mark.parametrize("index", [1, -1, "0", [], {}, 0.5, 7], ids=repr)
+def test_the_only_choice_is_the_answer_whatever_its_index(xeroctl, index):
+    document = choices([{"index": index, "delta": {"content": "x"}}])
+    for count in (1, 4, 5, 50):
+        assert answered(xeroctl, [document] * count)[0].text == "x" * count
+    assert answered(xeroctl, [document, chunk("a"), document, chunk("b")])[0].text in ("ab", "xaxb")
 
 
 @pytest.mark.parametrize("value", [value for value in ODD if value not in (0, -1) or isinstance(value, bool)], ids=repr)
@@ -157,6 +310,13 @@ def test_zero_tokens_are_a_number(xeroctl):
     assert xeroctl.parse_usage(usage) == (0, None, None, 0, None)
 
 
+@pytest.mark.parametrize("count, parsed", [(12.0, 12), (12.5, None), (1e300, None), (10 ** 40, None), (float("inf"), None), (float("nan"), None)])
+def test_a_count_that_is_a_whole_float_is_a_number(xeroctl, count, parsed):
+    seen = xeroctl.parse_usage({"total_tokens": count}).total
+    assert (seen, type(seen)) == (parsed, type(parsed))
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("documents, text, reason", [
     ([chunk("a"), chunk("b"), chunk(finish="stop")], "ab", "stop"),
     ([chunk("a", finish="stop"), chunk(choices=[]), chunk(usage=USAGE, choices=[])], "a", "stop"),
@@ -167,12 +327,70 @@ def test_zero_tokens_are_a_number(xeroctl):
     ([choices([{"index": 1, "delta": {"content": "x"}}, {"index": 0, "delta": {"content": "a"}}])], "a", None),
     ([choices([{"delta": {"content": "a"}}])], "a", None),
     ([chunk("\ud83d"), chunk("\ude00"), chunk("\ud83d!")], "😀\ufffd!", None),
+    ([chunk("a"), completion("ab")], "ab", "stop"),
+    ([chunk("a"), completion("b")], "a", "stop"),
+    ([chunk("a\ud83d"), completion("a😀b")], "a\ufffd", "stop"),
 ], ids=str)
 def test_documents_add_up_to_a_reply(xeroctl, documents, text, reason):
-    reply = xeroctl.Reply()
-    for document in documents:
-        reply.add(document)
-    assert (reply.text, reply.finish_reason, reply.begun) == (text, reason, True)
+    reply, _ = answered(xeroctl, documents)
+    assert (reply.text, reply.finish_reason, reply.started) == (text, reason, True)
+
+
+@pytest.mark.parametrize("text, answer, reasoning", [
+    ("Hello", "Hello", False),
+    ("<think>Hm.</think>\n\nHello", "Hello", True),
+    (" \n<think>\n</think>Hello", "Hello", True),
+    ("<think>Hm.", "", True),
+    ("<think>Hm.</thin", "", True),
+    ("<thin", "<thin", False),
+    ("a <think>b</think>", "a <think>b</think>", False),
+    ("<think>a</think>b<think>c</think>", "b<think>c</think>", True),
+    ("</think>b", "</think>b", False),
+], ids=str)
+def test_thoughts_are_told_from_the_answer_however_they_are_cut(xeroctl, text, answer, reasoning):
+    for at in range(len(text) + 1):
+        reply, _ = answered(xeroctl, [chunk(text[:at]), chunk(text[at:])])
+        assert (reply.text, reply.raw_text, reply.has_reasoning) == (answer, text, reasoning), at
+        splitter = xeroctl.ThoughtSplitter()
+        parts = [splitter.feed(text[:at]), splitter.feed(text[at:]), splitter.finish()]
+        assert "".join(thought + rest for thought, rest in parts) == text
+        assert "".join(rest for _, rest in parts).strip() == answer
+
+
+def test_a_chunk_holds_all_that_a_read_brought(xeroctl):
+    documents = [chunk("a"), chunk("b"), chunk(delta={"reasoning": "Hm."}), chunk(delta={"role": "assistant"}), chunk(usage=USAGE, choices=[])]
+    decoder = decoder_of(xeroctl)
+    texts = [json.dumps(document) for document in documents]
+    seen = decoder.feed(b"".join(b"data: %b\n\n" % text.encode() for text in texts), 5.0)
+    assert (seen.text, seen.reasoning, seen.deltas, seen.at, seen.usage[:3]) == ("ab", "Hm.", 3, 5.0, (9, 3, 12))
+    assert (seen.documents, seen.sources) == (documents, texts)
+    assert decoder.feed(b": ping\n\n", 6.0) is None
+    assert decoder.feed(b'data: {"x": NaN}\n\ndata: {"x":\ndata: 1}\n\n', 7.0).sources == [None, None]
+    assert decoder.finish(8.0) is None and isinstance(decoder.error, xeroctl.CutShortError)
+
+
+@pytest.mark.parametrize("text, code", [
+    ("a\n```python\nx = 1\n\ny\n```\nb\n```\nz\n```", "x = 1\n\ny"),
+    ("```\n```", ""),
+    ("```\n\n```", ""),
+    ("~~~\n```\n~~~", "```"),
+    ("````\n```\nx\n```\n````", "```\nx\n```"),
+    ("1. a\n   ```sh\n   x\n     y\n   ```", "x\n  y"),
+    ("```\nnot closed\n", "not closed"),
+    ("```x```", None),
+    ("no `code`", None),
+    ("", None),
+], ids=repr)
+def test_the_first_code_block_is_extracted(xeroctl, text, code):
+    assert xeroctl.extract_code_block(text) == code
+
+
+@pytest.mark.parametrize("text, printed", [
+    ('{"a": [NaN, -Infinity, 1e999, -1e999, 1.5, 1e3]}', '{"a":[null,null,null,null,1.5,1000.0]}'),
+    ('"\\ud83d\\ude00 \\ud83d é"', '"😀 \\ud83d é"'),
+])
+def test_what_is_printed_is_json(xeroctl, text, printed):
+    assert xeroctl.json_text(xeroctl.parse_json(text)) == printed
 
 
 # -- Random input ----------------------------------------------------
@@ -234,7 +452,7 @@ def pieces(rng, data):
 def headers(rng):
     dates = ["Thu, 01 Jan 2026 00:00:00 GMT", "Thu, 01 Jan 99999 00:00:00 GMT"]
     values = ["", "0", "5", "-1", "nan", *dates, "\xff", "1 2 3 4 5"]
-    names = ["Retry-After", "Retry-After-Ms", "Date", "X-Request-ID", "Location"]
+    names = ["retry-after", "retry-after-ms", "date", "x-request-id", "location"]
     return {name: rng.choice(values) for name in names if rng.random() < 0.3}
 
 
@@ -243,28 +461,30 @@ def check_error(xeroctl, error):
     assert isinstance(error, xeroctl.XeroctlError) and str(error)
     assert 1 <= error.exit_status <= 8
     json.dumps([str(error), error.status, error.code, error.request_id, error.retryable, error.retry_after])
-    xeroctl.printable(str(error)).encode("utf-8", "replace")
+    xeroctl.sanitize(str(error)).encode("utf-8", "replace")
     assert error.retry_after is None or 0 <= xeroctl.retry_delay(1, error.retry_after, 0) <= 60
 
 
 def check_stream(xeroctl, data, headers):
     """Take the pieces *data* the way that the tool does, to the end or to an error of ours."""
-    decoder, reply = xeroctl.EventDecoder(), xeroctl.Reply()
+    decoder, reply = decoder_of(xeroctl, headers), xeroctl.Reply(5)
+    for piece in [*data, None]:
+        part = decoder.finish(2.0) if piece is None else decoder.feed(piece, 1.0)
+        if part:
+            reply.add(part)
+            assert len(part.documents) == len(part.sources)
+            xeroctl.json_text(part.documents)
     try:
-        for piece in data:
-            for event in decoder.feed(piece):
-                if event.data.strip() == "[DONE]":
-                    continue
-                document = xeroctl.event_document(event)
-                if xeroctl.is_error(document):
-                    raise xeroctl.build_error(document, 200, headers, KEY)
-                reply.add(document)
+        if decoder.error:
+            raise decoder.error
+        reply.check_answer()
     except xeroctl.XeroctlError as error:
         check_error(xeroctl, error)
-    reply.seconds, reply.first_token_seconds = 1.0, 0.5
     reply.text.encode()
-    lines = [xeroctl.footer_line(reply), xeroctl.finish_notice(reply) or "", str(xeroctl.usage_fields(reply, True))]
-    xeroctl.printable("".join(lines)).encode("utf-8", "replace")
+    reply.first_seconds = 0.5
+    lines = [xeroctl.footer_line(reply, 1.0), xeroctl.finish_warning(reply) or "", xeroctl.finish_note(reply) or "",
+             str(xeroctl.usage_fields(reply, 1.0, True))]
+    xeroctl.sanitize("".join(lines)).encode("utf-8", "replace")
 
 
 def test_no_stream_raises_anything_but_our_own_errors(xeroctl):
@@ -284,7 +504,8 @@ def test_no_error_body_raises_anything(xeroctl):
         body = rng.choice([mutated_bytes(rng, json.dumps(document).encode()), random_stream(rng)])
         status = rng.choice([301, 400, 401, 403, 404, 407, 422, 429, 500, 503])
         try:
-            check_error(xeroctl, xeroctl.parse_error(body, status, headers(rng), rng.choice([KEY, None])))
+            check_error(xeroctl, xeroctl.parse_error(body, context(
+                xeroctl, status, headers(rng), rng.choice([[KEY], []]), method=rng.choice(["GET", "POST"]))))
         except Exception as error:
             raise AssertionError(f"seed {seed}: {status} {body[:2000]!r}") from error
 
@@ -299,26 +520,4 @@ def test_no_depth_of_nesting_raises_anything_else(xeroctl, document):
             text = document % (opening * depth + "0" + closing * depth)
             event = b"data: %b\n\n" % text.encode()
             check_stream(xeroctl, [event], {})
-            check_error(xeroctl, xeroctl.parse_error(text.encode(), 422, {}, KEY))
-
-
-# -- Printable -------------------------------------------------------
-
-
-@pytest.mark.parametrize("text, shown", [
-    ("plain, é 😀\u2028\u202e\ufeff", "plain, é 😀\u2028\u202e\ufeff"),
-    ("a\tb\nc", "a\tb\nc"),
-    ("a\rb\r\nc", "ab\nc"),
-    ("\x1b[31m\x1b]0;t\x07", "\u241b[31m\u241b]0;t\u2407"),
-    ("\x00\x08\x0b\x0c\x7f", "\u2400\u2408\u240b\u240c\u2421"),
-    ("\x80\x85\x9b2J\x9d\x9f", "\ufffd\ufffd\ufffd2J\ufffd\ufffd"),
-    ("\xa0\xad", "\xa0\xad"),
-    ("", ""),
-], ids=ascii)
-def test_printable_leaves_nothing_that_drives_a_terminal(xeroctl, text, shown):
-    assert xeroctl.printable(text) == shown
-
-
-def test_printable_leaves_no_control_character_but_newline_and_tab(xeroctl):
-    shown = xeroctl.printable("".join(map(chr, range(0x250))))
-    assert [character for character in shown if ord(character) < 32 or 127 <= ord(character) < 160] == ["\t", "\n"]
+            check_error(xeroctl, xeroctl.parse_error(text.encode(), context(xeroctl, 422)))

@@ -10,6 +10,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
 def test_with_nothing_set_up_one_line_names_the_three_ways_out(run, args):
     result = run(*args)
@@ -19,11 +20,23 @@ def test_with_nothing_set_up_one_line_names_the_three_ways_out(run, args):
     assert result.stdout == b"" or args[0] == "status"
 
 
+@pytest.mark.smoke
 def test_the_way_out_that_needs_nothing_works_as_it_is_written(run):
     words = shlex.split(re.search(r"xeroctl (chat --demo .*)", run("models").stderr.decode()).group(1))
     result = run(*words)
     assert (result.status, b"Hello" in result.stdout) == (0, True)
 
 
-def test_without_a_command_the_line_names_the_help(run):
-    assert run() == (2, b"", b"xeroctl: no command: see xeroctl --help\n")
+def test_alone_it_shows_the_short_help_on_stderr(run, xeroctl):
+    result = run()
+    lines = result.stderr.decode().split("\n")
+    assert (result.status, result.stdout, lines[0]) == (2, b"", "usage: xeroctl COMMAND [options]")
+    assert {line.split()[0] for line in lines if line.startswith("  ")} == set(xeroctl.build_parser().commands)
+    assert "xeroctl chat --demo -m Hello" in lines[-2] and "xeroctl help COMMAND" in lines[-2]
+    assert len(lines) < 20
+
+
+@pytest.mark.parametrize("args", [("-q",), ("-o", "text"), ("--demo", "-m", "hi")], ids=" ".join)
+def test_options_without_a_command_are_one_line(run, args):
+    result = run(*args)
+    assert (result.status, result.stdout, result.stderr.count(b"\n")) == (2, b"", 1)

@@ -114,9 +114,10 @@ def test_however_it_is_installed_answers_and_statuses_come_through(launch, tmp_p
     failing = launch(*tool, "chat", "--endpoint", "e", "--base-url", "http://127.0.0.1:1", "--retries", "0", "-m", "Hi")
     assert asking.finish() == (0, b"Hello!\n", b"")
     assert server.requests[0].json["messages"] == [{"role": "user", "content": "héllo 日"}]
-    assert failing.finish() == (6, b"", b"xeroctl: 127.0.0.1:1 refused the connection: is the server running?\n")
+    assert failing.finish() == (6, b"", b"xeroctl: error: 127.0.0.1:1 refused the connection: is the server running?\n")
 
 
+@pytest.mark.smoke
 def test_a_run_leaves_nothing_beside_the_file_nor_in_the_current_folder(launch, tmp_path, server):
     path, current = copied(tmp_path / "there" / "xeroctl.py", 0o755), tmp_path / "here"
     current.mkdir()
@@ -126,6 +127,7 @@ def test_a_run_leaves_nothing_beside_the_file_nor_in_the_current_folder(launch, 
     assert (os.listdir(str(path.parent)), os.listdir(str(current))) == (["xeroctl.py"], [])
 
 
+@pytest.mark.smoke
 def test_files_of_the_current_folder_are_not_mistaken_for_modules(launch, tmp_path, server):
     here = tmp_path / "here"
     here.mkdir()
@@ -145,6 +147,7 @@ def tool(bin_folder):
     return "xeroctl"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("home", ["/dev/null", "/proc/none"])
 def test_a_home_that_cannot_be_written_stops_no_chat(terminal, server, home):
     server.always(ANSWER)
@@ -161,11 +164,13 @@ def test_a_home_that_cannot_be_written_stops_no_chat(terminal, server, home):
     assert (child.output.decode().count(note), child.output.count(b"no history")) == (1, 1)
 
 
+@pytest.mark.smoke
 def test_a_home_that_cannot_be_written_is_an_error_of_one_line_for_a_change(run):
     result = run("config", "add", "a", "--base-url", "http://127.0.0.1:1/v1", env={"HOME": "/dev/null"})
-    assert result == (2, b"", b"xeroctl: cannot make /dev/null/.config/xeroctl: Not a directory\n")
+    assert result == (2, b"", b"xeroctl: error: cannot make /dev/null/.config/xeroctl: Not a directory\n")
 
 
+@pytest.mark.smoke
 def test_without_the_variable_home_it_is_that_of_the_user(run, server, tmp_path):
     server.script(HELLO)
     home = pwd.getpwuid(os.getuid()).pw_dir
@@ -173,6 +178,7 @@ def test_without_the_variable_home_it_is_that_of_the_user(run, server, tmp_path)
     assert run(*ask(server, "-m", "Hi"), env={"HOME": None, "XDG_CONFIG_HOME": str(tmp_path)}) == (0, b"Hello!\n", b"")
 
 
+@pytest.mark.smoke
 def test_an_empty_home_is_no_crash(run, server, tmp_path):
     server.always(HELLO)
     assert run("config", "path", env={"HOME": ""}).status == 0
@@ -189,6 +195,8 @@ def unknown_user():
     return lambda: os.setresuid(NOBODY, 0, 0)
 
 
+@pytest.mark.smoke
+@pytest.mark.needs("root")
 def test_a_user_without_a_name_and_a_home_is_no_crash(command, env, server, unknown_user):
     def run(*args):
         without = {name: value for name, value in env.items() if name != "HOME"}
@@ -201,10 +209,11 @@ def test_a_user_without_a_name_and_a_home_is_no_crash(command, env, server, unkn
     assert run("config", "list") == (0, b"xeroctl: note: no deployments in /nonexistent/.config/xeroctl/config.toml: "
                                         b"add one with: xeroctl config init\n")
     assert run(*ask(server, "-m", "Hi", "--from-file", "~/gone")) == (
-        2, b"xeroctl: cannot read ~/gone: No such file or directory\n")
+        2, b"xeroctl: error: cannot read ~/gone: No such file or directory\n")
     assert run(*ask(server, "-m", "Hi")) == (0, b"Hello!\n")
 
 
+@pytest.mark.smoke
 def test_an_environment_of_path_alone_is_enough(launch, tool, env, server):
     server.script(HELLO)
     alone = ["env", "-i", "PATH=" + env["PATH"]]
@@ -222,6 +231,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.smoke
 def test_a_current_folder_that_is_gone_is_no_crash(launch, tmp_path, server):
     def run(number, *args, stdin=b""):
         here = tmp_path / f"gone-{number}"
@@ -235,8 +245,11 @@ def test_a_current_folder_that_is_gone_is_no_crash(launch, tmp_path, server):
     leaving.write_text(LEAVING)
     server.script(HELLO, ANSWER)
     assert run(1, *ask(server, "-m", "Hi")) == (0, b"Hello!\n", b"")
-    status, out, err = run(2, *ask(server, "-i", "-q"), stdin=b"one\n/save kept.json\n/load kept.json\n/tokens\n")
+    status, out, err = run(2, *ask(server, "-i", "-q"), stdin=b"one\n/tokens\n/save kept.json\n")
     assert (status, out, err.count(b"\n")) == (2, b"Hello!\n", 3)
-    assert b"cannot write" in err and b"cannot read kept.json" in err and b"messages: 2\n" in err
-    assert run(3, *ask(server, "-m", "Hi", "--from-file", "gone.txt")) == (
-        2, b"", b"xeroctl: cannot read gone.txt: No such file or directory\n")
+    assert b"messages: 2\n" in err and b"cannot write kept.json" in err
+    status, out, err = run(3, *ask(server, "-i", "-q"), stdin=b"/load kept.json\n")
+    assert (status, out, err.count(b"\n")) == (2, b"", 1)
+    assert b"cannot read kept.json" in err
+    assert run(4, *ask(server, "-m", "Hi", "--from-file", "gone.txt")) == (
+        2, b"", b"xeroctl: error: cannot read gone.txt: No such file or directory\n")

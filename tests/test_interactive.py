@@ -1,5 +1,6 @@
 """The interactive chat as a person meets it at a terminal, and as a script does through pipes."""
 
+import base64
 import contextlib
 import ctypes.util
 import json
@@ -15,7 +16,7 @@ from threading import Event
 import pytest
 
 from conftest import XEROCTL
-from loopback import DONE, USAGE, Gate, Hold, Reset, chunk, json_response, sse, stream, stream_head
+from loopback import DONE, USAGE, Gate, Hold, Reset, Server, chunk, json_response, sse, stream, stream_head
 from terminal import screen
 
 PROMPT = re.compile(rb"[\r\n](?:\x1b\[\?2004h)?(?:\x1b\[1m)?> (?:\x1b\[0m)?")
@@ -25,6 +26,7 @@ HEL = sse(chunk("Hel"))
 LO = sse(chunk("lo", finish="stop"), chunk(usage=USAGE, choices=[]), DONE)
 PLAIN_C = {"LC_ALL": "C", "LANG": None, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 TURN = [("user", "one"), ("assistant", "eins")]
+NEW = [("user", "two")]
 CODE = "def f():\n\tif True:\n\t\treturn 'é 😀'\n\nprint(f())"
 
 
@@ -103,9 +105,10 @@ def state(env):
     return os.path.join(env["HOME"], ".local", "state", "xeroctl")
 
 
-def recovered(state):
-    names = os.listdir(state) if os.path.isdir(state) else []
-    return [os.path.join(state, name) for name in names if name.startswith("recovered-")]
+def kept(state):
+    """Return the paths of the conversations on disk."""
+    folder = os.path.join(state, "conversations")
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))] if os.path.isdir(folder) else []
 
 
 @pytest.fixture
@@ -130,6 +133,7 @@ def program(path, text):
 # -- The loop --------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_the_whole_conversation_is_sent_each_turn_and_streamed(talk, server):
     server.script(answer("eins"), answer("zwei\n"))
     child = talk("--system", "be short", "--temperature", "0", "--seed", "7")
@@ -176,6 +180,7 @@ def test_the_practice_endpoint_can_be_talked_to(terminal):
     leave(child)
 
 
+@pytest.mark.smoke
 def test_a_limit_by_its_newer_name_takes_the_place_of_ours(pipe, server):
     server.script(answer())
     assert pipe("one\n", "--param", "max_completion_tokens=5")[0] == 0
@@ -215,19 +220,21 @@ def test_a_terminal_is_greeted_once_unless_it_wants_quiet(talk, terminal, pipe, 
     assert greeting not in pipe("one\n")[2]
 
 
-def test_a_narrow_terminal_gets_a_cut_bar_and_a_prompt_whose_colour_has_no_width(talk, server):
+@pytest.mark.needs("readline")
+def test_a_narrow_terminal_gets_a_short_bar_and_a_prompt_whose_colour_has_no_width(talk, server):
     server.script(answer())
     child = talk(columns=20)
-    assert screen(child.output, 20) == ["/help lists the comm", "endpoint: my-endpoin", ">"]
+    assert screen(child.output, 20) == ["/help lists the comm", "msgs: 0", ">"]
     assert b"\x1b[1m> \x1b[0m" in child.output
     child.send("abcdefghijklmnopqrstuvwxyz\x01X")
     child.send("\r")
     child.expect(PROMPT)
-    assert screen(child.output, 20)[2:5] == ["> Xabcdefghijklmnopq", "rstuvwxyz", "Hello!"]
+    assert screen(child.output, 20, 50)[2:5] == ["> Xabcdefghijklmnopq", "rstuvwxyz", "Hello!"]
     assert said(server, 1) == [("user", "Xabcdefghijklmnopqrstuvwxyz")]
     leave(child)
 
 
+@pytest.mark.needs("readline", "utf-8-terminal", "wide-readline")
 def test_wide_characters_in_a_narrow_prompt_line_arrive_whole(talk, server):
     server.script(answer("日本語" * 5))
     child = talk(columns=20)
@@ -236,14 +243,14 @@ def test_wide_characters_in_a_narrow_prompt_line_arrive_whole(talk, server):
     assert said(server, 1) == [("user", "e\u0301日本語日本語日本語😀é!")]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("model", ["a\tb" * 9, "日本" * 20, "\x1b[31mred\r\n"], ids=repr)
 def test_no_model_name_makes_the_bar_wrap(talk, server, model):
     server.script(answer(model=model))
     child = talk(columns=40)
     enter(child, "one", 40)
     shown = screen(child.output, 40)
-    assert [line[:8] for line in shown[-3:]] == [shown[-3][:8], "endpoint", ">"]
-    assert shown[-3].startswith("-- 3 tokens")
+    assert "tokens: 9/3 | msgs: 2" in shown[-2] and (shown[-3], shown[-1]) == ("", ">")
     leave(child)
 
 
@@ -259,6 +266,7 @@ def test_nothing_is_coloured_where_colour_is_not_wanted(talk, server, changes, p
 # -- The line editor -------------------------------------------------
 
 
+@pytest.mark.needs("readline")
 def test_the_keys_of_the_manual_edit_the_line(talk, server):
     server.always(answer())
     child = talk()
@@ -270,6 +278,7 @@ def test_the_keys_of_the_manual_edit_the_line(talk, server):
     assert contents == ["hello world!", "good", "good", "good", "good"]
 
 
+@pytest.mark.needs("readline")
 def test_tab_completes_commands_and_file_names(talk, server, env, tmp_path):
     saved = json.dumps([{"role": role, "content": content} for role, content in TURN])
     (tmp_path / "my chat.json").write_text(saved)
@@ -278,9 +287,11 @@ def test_tab_completes_commands_and_file_names(talk, server, env, tmp_path):
     assert "loaded 2 messages from my chat.json" in enter(child, "/lo\tmy\t")[-1]
     assert f"loaded 2 messages from {env['HOME']}/at home.json" in "".join(enter(child, "/load ~/at\t"))
     assert enter(child, "/tok\t")[-1].startswith("tokens: ")
-    leave(child, "/q\t\r")
+    leave(child, "/qu\t\r")
 
 
+@pytest.mark.smoke
+@pytest.mark.needs("readline")
 def test_history_lasts_across_sessions_and_is_private(talk, server, state):
     server.always(answer())
     for keys in ("first", UP):
@@ -291,6 +302,7 @@ def test_history_lasts_across_sessions_and_is_private(talk, server, state):
     assert stat.S_IMODE(os.stat(state).st_mode) == 0o700
 
 
+@pytest.mark.needs("readline", "utf-8-terminal")
 def test_a_history_entry_of_many_lines_comes_back_whole(talk, server):
     server.always(answer())
     child = talk()
@@ -302,6 +314,7 @@ def test_a_history_entry_of_many_lines_comes_back_whole(talk, server):
     assert said(server, 2) == [("user", CODE)]
 
 
+@pytest.mark.needs("readline")
 def test_a_history_that_cannot_be_kept_draws_one_notice(talk, server):
     server.always(answer())
     child = talk(env={"XDG_STATE_HOME": "/dev/null/state"})
@@ -309,6 +322,7 @@ def test_a_history_that_cannot_be_kept_draws_one_notice(talk, server):
         enter(child, keys)
     leave(child)
     assert child.output.count(b"no history") == 1
+    assert child.output.count(b"is not kept") == 1
     assert said(server, 3)[-1] == ("user", "one")
 
 
@@ -325,6 +339,8 @@ def test_a_nul_character_in_an_old_question_is_no_crash(talk, server, state, tmp
     leave(child)
 
 
+@pytest.mark.smoke
+@pytest.mark.needs("readline", "utf-8-terminal")
 @pytest.mark.parametrize("changes", [{"LC_ALL": "C"}, PLAIN_C, {"LC_ALL": "C.UTF-8"}], ids=["C", "bare C", "UTF-8"])
 def test_what_is_typed_is_utf8_in_every_locale(talk, server, changes):
     server.always(answer("ä 😀"))
@@ -378,6 +394,8 @@ def test_libedit_serves_as_well(interpreter, talk, server):
 # -- Messages of many lines ------------------------------------------
 
 
+@pytest.mark.smoke
+@pytest.mark.needs("readline", "utf-8-terminal")
 @pytest.mark.parametrize("pasted", [
     CODE, CODE.replace("\n", "\r"), "/help\nis no command here", "one\n\ntwo\n"], ids=repr)
 def test_a_pasted_block_is_one_message(talk, server, pasted):
@@ -414,11 +432,12 @@ def test_an_editor_writes_the_message_into_a_private_file(talk, server, tmp_path
 @pytest.mark.parametrize("editor", ["false", "true", "/no/such/editor", "'"])
 def test_an_editor_that_fails_sends_nothing(talk, server, editor):
     child = talk(env={"EDITOR": editor})
-    assert enter(child, "/edit")[0].startswith("xeroctl: ")
+    assert enter(child, "/edit")[0].startswith("xeroctl: error: ")
     leave(child)
     assert server.requests == []
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("text, how, words", [
     ("written", "exit 1", "my-ed failed: nothing was sent: what it saved is in "), ("\\351", "", "is not UTF-8 text"),
 ], ids=["status 1", "Latin-1"])
@@ -463,14 +482,46 @@ def test_ctrl_c_in_an_editor_is_the_editors_own_business(talk, server, tmp_path)
 
 def test_a_draft_that_the_editor_left_as_it_was_is_not_sent(talk, server):
     child = talk(env={"EDITOR": "true"})
-    assert enter(child, "/edit a draft")[0].startswith("xeroctl: nothing was sent: true ")
+    assert enter(child, "/edit a draft")[0].startswith("xeroctl: error: nothing was sent: true ")
     leave(child)
     assert server.requests == []
+
+
+def test_a_draft_that_is_saved_unchanged_is_sent(talk, server, tmp_path):
+    server.script(answer())
+    child = talk(env={"EDITOR": program(tmp_path / "my-ed", 'cat "$1" >"$1.new"; mv "$1.new" "$1"')})
+    assert enter(child, "/edit a draft")[0] == "Hello!"
+    leave(child)
+    assert said(server, 1) == [("user", "a draft")]
+
+
+def test_an_editor_begins_with_the_question_that_failed_else_the_last_one(talk, server, tmp_path):
+    editor = program(tmp_path / "my-ed", 'cp "$1" "$SEEN"; printf more >>"$1"')
+    server.script(answer("eins"), answer("zwei"), failure(), answer())
+    child = talk(env={"EDITOR": editor, "SEEN": str(tmp_path / "seen")})
+    enter(child, "one")
+    enter(child, "/edit")
+    assert (tmp_path / "seen").read_text() == "one"
+    enter(child, "three")
+    enter(child, "/edit")
+    assert (tmp_path / "seen").read_text() == "three"
+    leave(child)
+    assert [pair[1] for pair in said(server, 4)] == ["one", "eins", "onemore", "zwei", "threemore"]
+
+
+def test_a_missing_temporary_folder_is_one_line(talk, server, tmp_path):
+    missing = program(tmp_path / "python-tempfile-probe", "exit 0")
+    child = talk(env={"EDITOR": missing, "PYTHONPATH": str(tmp_path)}, cwd=str(tmp_path))
+    (tmp_path / "tempfile.py").write_text("def mkdtemp(**unused): raise FileNotFoundError(2, 'No such file', '/tmp')\n"
+                                          "def mkstemp(**unused): raise FileNotFoundError(2, 'No such file', '/tmp')\n")
+    assert enter(child, "/edit")[0].startswith("xeroctl: error: no temporary folder")
+    leave(child)
 
 
 # -- Slash commands --------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_help_lists_every_command_and_key(pipe, xeroctl):
     status, out, lines = pipe("/help\n")
     for name in [command.name for command in xeroctl.CHAT_COMMANDS] + [
@@ -505,6 +556,7 @@ def test_a_conversation_is_saved_without_the_key_and_loaded(pipe, server, tmp_pa
     assert (stat.S_IMODE(path.stat().st_mode), "secret" in path.read_text()) == (0o600, False)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("content", [b"my diary\n", b"[]", b'{"messages": []}', b"\xff", b""], ids=repr)
 def test_a_file_that_is_no_saved_conversation_is_not_overwritten(pipe, tmp_path, content):
     path = tmp_path / "file"
@@ -519,18 +571,68 @@ def test_a_file_that_is_no_saved_conversation_is_not_overwritten(pipe, tmp_path,
 def test_a_file_name_that_does_not_work_is_one_line(pipe, tmp_path, name, argument):
     status, out, lines = pipe(f"{name} {argument}\n", cwd=str(tmp_path))
     assert (status, out, len(lines)) == (2, "", 2)
-    assert lines[0].startswith("xeroctl: ")
+    assert lines[0].startswith("xeroctl: error: ")
 
 
-def test_a_bad_file_changes_nothing_and_says_where_it_is_bad(pipe, server, tmp_path):
-    path = tmp_path / "bad.json"
-    path.write_text(json.dumps([{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]))
+def test_a_bad_file_changes_nothing_and_says_where_it_is_bad(talk, server, tmp_path):
+    (tmp_path / "bad.json").write_text(json.dumps([{"role": "user", "content": "x"}, {"content": "y"}]))
     server.always(answer("eins"))
-    status, _, lines = pipe(f"one\n/load {path}\ntwo\n", "--system", "s")
-    assert f"xeroctl: {path}: messages[1]: the role is 'user', not 'assistant'" in lines
-    assert (status, said(server, 2)) == (2, [("system", "s")] + TURN + [("user", "two")])
+    child = talk("--system", "s", cwd=str(tmp_path))
+    enter(child, "one")
+    assert enter(child, "/load bad.json") == ["xeroctl: error: bad.json: messages[1]: no message: it has no role"]
+    enter(child, "two")
+    leave(child)
+    assert said(server, 2) == [("system", "s")] + TURN + [("user", "two")]
 
 
+def test_a_command_that_fails_ends_a_piped_chat_with_its_status(pipe, server, tmp_path):
+    server.script(answer("eins"), failure())
+    status, out, lines = pipe("one\nfails\n/load missing.json\ntwo\n", cwd=str(tmp_path))
+    assert (status, out, len(server.requests)) == (5, "eins\n", 2)
+    assert pipe("/load missing.json\ntwo\n", cwd=str(tmp_path))[:2] == (2, "")
+
+
+def test_a_loaded_last_question_is_counted_and_asked_at_once_by_a_piped_chat(pipe, server, tmp_path):
+    messages = [{"role": role, "content": content} for role, content in TURN + [("user", "two")]]
+    (tmp_path / "f.json").write_text(json.dumps(messages))
+    server.script(answer("zwei"), answer("drei"))
+    status, out, lines = pipe("/load f.json\nthree\n", cwd=str(tmp_path))
+    assert (status, out, lines[0]) == (0, "zwei\ndrei\n", "loaded 3 messages from f.json")
+    assert said(server, 1) == TURN + [("user", "two")]
+    assert said(server, 2) == TURN + [("user", "two"), ("assistant", "zwei"), ("user", "three")]
+
+
+def test_a_loaded_last_question_is_asked_by_retry_at_a_terminal(talk, server, tmp_path):
+    (tmp_path / "f.json").write_text(json.dumps([{"role": "user", "content": "one?"}]))
+    server.script(answer())
+    child = talk(cwd=str(tmp_path))
+    assert enter(child, "/load f.json") == ["loaded 1 message from f.json",
+                                            "its last question has no answer: /retry asks it"]
+    assert enter(child, "/retry")[0] == "Hello!"
+    leave(child)
+
+
+def test_what_people_have_is_loaded_with_a_note_and_sent_as_it_is(pipe, server, tmp_path):
+    messages = [
+        {"role": "assistant", "content": "Welcome!"}, {"role": "user", "content": "a", "name": "ann"},
+        {"role": "user", "content": [{"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "17"}, {"role": "system", "content": "be kind"}]
+    (tmp_path / "f.json").write_text(json.dumps(messages))
+    server.script(answer())
+    status, _, lines = pipe("/load f.json\nc\n/save g.json\n", cwd=str(tmp_path))
+    assert (status, server.requests[0].json["messages"]) == (0, messages + [{"role": "user", "content": "c"}])
+    assert lines[1].startswith("xeroctl: note: messages[0]: the role is 'assistant' where 'user' is usual")
+    assert json.loads((tmp_path / "g.json").read_text())["messages"][:6] == messages
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+def test_only_a_regular_file_is_loaded(pipe, tmp_path, make):
+    make(str(tmp_path / "f"))
+    assert pipe("/load f\n", cwd=str(tmp_path))[2][0].startswith("xeroctl: error: cannot read f: ")
+
+
+@pytest.mark.needs("readline")
 def test_a_loaded_question_without_an_answer_is_back_with_up(talk, server, tmp_path):
     messages = [{"role": role, "content": content} for role, content in TURN + [("user", "two")]]
     (tmp_path / "f.json").write_text(json.dumps({"messages": messages}))
@@ -542,6 +644,8 @@ def test_a_loaded_question_without_an_answer_is_back_with_up(talk, server, tmp_p
     assert said(server, 1) == TURN + [("user", "two")]
 
 
+@pytest.mark.smoke
+@pytest.mark.needs("readline")
 def test_a_loaded_question_that_looks_like_a_command_comes_back_with_up_as_a_message(talk, server, tmp_path):
     (tmp_path / "c.json").write_text('[{"role": "user", "content": "/etc what?"}]')
     server.script(answer())
@@ -574,6 +678,7 @@ def test_retry_replaces_the_answer_and_keeps_the_old_one_when_it_fails(pipe, ser
     assert said(server, 5) == [("user", "one"), ("assistant", "EINS"), ("user", "three")]
 
 
+@pytest.mark.smoke
 def test_a_retry_that_breaks_off_keeps_the_old_answer(pipe, server):
     server.script(answer("eins"), [stream_head(), HEL, sse({"error": "no"})], answer())
     assert pipe("one\n/retry\ntwo\n")[:2] == (5, "eins\nHel\nHello!\n")
@@ -593,19 +698,41 @@ def test_ctrl_c_in_a_retry_keeps_what_came_of_the_new_answer(talk, server):
     assert said(server, 3) == [("user", "one"), ("assistant", "Hel"), ("user", "two")]
 
 
-@pytest.mark.parametrize("name", ["/retry", "/undo", "/edit"])
+@pytest.mark.parametrize("name", ["/retry", "/undo", "/edit", "/show", "/drop", "/copy", "/save", "/load"])
 def test_a_command_that_has_nothing_to_work_on_is_one_line(pipe, name):
     status, out, lines = pipe(name + "\n")
     assert (status, out, len(lines)) == (2, "", 2)
 
 
 @pytest.mark.parametrize("line, nearest", [
-    ("/hlep", "/help"), ("/sav x", "/save"), ("/exit", "/edit"), ("/Quit", "/quit"), ("/", None),
-    ("/etc/passwd", None)])
-def test_an_unknown_command_is_never_sent_and_names_the_nearest(pipe, server, line, nearest):
+    ("/hlep", "/help"), ("/sav x", "/save"), ("/retr", "/retry"), ("/", None), ("/etc/passwd", None), ("/x", None)])
+def test_an_unknown_command_is_never_sent_and_names_a_near_one(pipe, server, line, nearest):
     status, out, lines = pipe(line + "\n")
     assert (status, out, server.requests) == (2, "", [])
-    assert (nearest or "/") in lines[0].split("mean")[1] and "space" in lines[0]
+    assert (f"did you mean {nearest}?" in lines[0]) == bool(nearest) and "space" in lines[0]
+
+
+@pytest.mark.parametrize("line", ["/quit", "/QUIT", "/exit", "/bye", "/q", "/Exit"])
+def test_a_chat_is_left_by_what_people_type(pipe, server, line):
+    assert pipe(line + "\none\n")[:2] == (0, "")
+
+
+@pytest.mark.parametrize("line", ["/help me", "/clear all", "/tokens x", "/retry now", "/quit please"])
+def test_an_argument_that_a_command_does_not_take_is_refused(pipe, line):
+    status, out, lines = pipe(line + "\n")
+    assert (status, out) == (2, "")
+    assert f"{line.split()[0]} takes no argument" in lines[0]
+
+
+def test_a_question_mark_is_help(pipe):
+    assert "/help" in pipe("/?\n")[2][0]
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_quotes_around_a_file_name_work(pipe, server, tmp_path, quote):
+    server.script(answer())
+    assert pipe(f"one\n/save {quote}my chat.json{quote}\n", cwd=str(tmp_path))[0] == 0
+    assert (tmp_path / "my chat.json").exists()
 
 
 def test_a_leading_space_sends_a_line_that_looks_like_a_command(pipe, server):
@@ -617,6 +744,7 @@ def test_a_leading_space_sends_a_line_that_looks_like_a_command(pipe, server):
 # -- Interrupts and ends ---------------------------------------------
 
 
+@pytest.mark.smoke
 def test_ctrl_c_at_an_empty_prompt_says_how_to_leave(talk, server):
     child = talk()
     interrupt(child, "/quit", PROMPT)
@@ -663,6 +791,7 @@ def test_ctrl_c_in_a_retry_before_its_first_token_keeps_the_old_answer(talk, ser
     assert said(server, 3) == TURN + [("user", "two")]
 
 
+@pytest.mark.needs("readline")
 def test_ctrl_c_before_the_first_token_takes_the_question_back(talk, server):
     server.script(answer("eins"), Hold(), answer())
     child = talk()
@@ -677,6 +806,7 @@ def test_ctrl_c_before_the_first_token_takes_the_question_back(talk, server):
     assert said(server, 3) == TURN + [("user", "two")]
 
 
+@pytest.mark.needs("readline")
 def test_keys_typed_during_a_reply_wait_for_the_next_prompt(talk, server):
     gate = Event()
     server.script([stream_head(), HEL, Gate(gate), LO], answer())
@@ -692,6 +822,7 @@ def test_keys_typed_during_a_reply_wait_for_the_next_prompt(talk, server):
     assert said(server, 2)[2:] == [("user", "typed ahead")]
 
 
+@pytest.mark.needs("readline")
 def test_ctrl_c_in_a_continued_message_leaves_its_start_in_the_history(talk, server):
     child = talk()
     child.send("one\\\r")
@@ -713,6 +844,8 @@ def test_ctrl_c_while_a_pipe_is_answered_ends_the_chat(start, server):
     assert (result.status, result.stdout) == (130, b"Hel\n")
 
 
+@pytest.mark.smoke
+@pytest.mark.needs("readline")
 def test_a_signal_in_a_continued_message_leaves_its_start_in_the_history(talk, server, state):
     child = talk()
     child.send("one\\\r")
@@ -724,18 +857,18 @@ def test_a_signal_in_a_continued_message_leaves_its_start_in_the_history(talk, s
 
 def test_a_reader_that_goes_from_a_pipe_leaves_no_file(bash_pipe, state):
     assert bash_pipe("one\ntwo\nthree\n") == (0, b"Hello!\n", b"")
-    assert recovered(state) == []
+    assert not os.path.exists(state)
 
 
-def test_our_own_crash_keeps_the_conversation_and_shows_its_traceback(interpreter, server, env, state, tmp_path):
+def test_our_own_crash_leaves_the_conversation_on_disk_and_shows_its_traceback(interpreter, server, env, tmp_path):
     server.script(answer("eins"))
     code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import xeroctl\n"
             "xeroctl.footer_line = None\nsys.exit(xeroctl.main())")
-    done = subprocess.run([interpreter, "-c", code, str(XEROCTL.parent), *options(server)], input=b"one\n", env=env,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+    words = [interpreter, "-c", code, str(XEROCTL.parent), *options(server, "--conversation", str(tmp_path / "c.json"))]
+    done = subprocess.run(words, input=b"one\n", env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
     assert (done.returncode, done.stdout) == (1, b"eins\n")
-    assert b"Traceback" in done.stderr and b"the conversation is kept: /load " in done.stderr
-    assert len(recovered(state)) == 1
+    assert b"Traceback" in done.stderr
+    assert json.loads((tmp_path / "c.json").read_text())["messages"][1]["content"] == "eins"
 
 
 def test_ctrl_c_in_a_reply_keeps_what_came(talk, server):
@@ -752,13 +885,13 @@ def test_ctrl_c_in_a_reply_keeps_what_came(talk, server):
 
 
 @pytest.mark.parametrize("keys", ["\x04", "/quit\r"], ids=["Ctrl+D", "/quit"])
-def test_the_end_prints_the_totals_on_a_line_of_their_own(talk, server, keys, state):
+def test_the_end_says_how_to_continue_and_prints_the_totals(talk, server, keys):
     server.script(answer())
     child = talk()
     enter(child, "one")
     leave(child, keys)
-    assert screen(child.output)[-1] == "tokens: 9 prompt, 3 completion; messages: 2"
-    assert recovered(state) == []
+    assert screen(child.output)[-2:] == [
+        "to continue: xeroctl chat --continue", "tokens: 9 prompt, 3 completion; messages: 2"]
 
 
 ENDS = {"SIGTERM": 143, "SIGHUP": 129, "hangup": 129}
@@ -777,7 +910,7 @@ def end(child, how):
 
 @pytest.mark.parametrize("partial", [False, True], ids=["prompt", "reply"])
 @pytest.mark.parametrize("how", sorted(ENDS))
-def test_an_unsaved_conversation_outlives_a_signal(talk, pipe, server, state, how, partial):
+def test_a_conversation_outlives_a_signal(talk, pipe, server, state, how, partial):
     server.script(answer("eins"), [stream_head(), HEL, Hold()] if partial else answer("Hel"), answer())
     child = talk()
     enter(child, "one")
@@ -787,23 +920,10 @@ def test_an_unsaved_conversation_outlives_a_signal(talk, pipe, server, state, ho
     else:
         enter(child, "two")
     end(child, how)
-    [path] = recovered(state)
+    [path] = kept(state)
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    if how != "hangup":
-        assert path in "".join(screen(child.output)).replace(" ", "") or path.encode() in child.output
     assert pipe(f"/load {path}\nthree\n")[0] == 0
     assert said(server, 3) == TURN + [("user", "two"), ("assistant", "Hel"), ("user", "three")]
-
-
-def test_a_system_message_set_after_saving_is_unsaved(talk, server, state, tmp_path):
-    server.script(answer("eins"))
-    child = talk(cwd=str(tmp_path))
-    for line in ("one", "/save saved.json", "/system be short"):
-        enter(child, line)
-    end(child, "SIGTERM")
-    [path] = recovered(state)
-    with open(path) as file:
-        assert json.load(file)["messages"][0] == {"role": "system", "content": "be short"}
 
 
 def test_ctrl_d_ends_the_line_of_the_prompt_on_a_dumb_terminal(talk, server):
@@ -812,23 +932,19 @@ def test_ctrl_d_ends_the_line_of_the_prompt_on_a_dumb_terminal(talk, server):
     assert screen(child.output)[-2:] == [">", "tokens: 0 prompt, 0 completion; messages: 0"]
 
 
-@pytest.mark.parametrize("how", sorted(ENDS))
-@pytest.mark.parametrize("lines", [(), ("one", "/save saved.json"), ("one", "/clear")], ids=["new", "saved", "cleared"])
-def test_nothing_is_recovered_where_nothing_is_unsaved(talk, server, state, tmp_path, how, lines):
+def test_sigterm_at_the_prompt_starts_a_new_line_first(talk, server):
+    child = talk()
+    end(child, "SIGTERM")
+    assert b"\n" in child.output.rpartition(b"> ")[2]
+
+
+def test_a_conversation_that_cannot_be_kept_is_said_to_be_lost_once(talk, server):
     server.always(answer())
-    child = talk(cwd=str(tmp_path))
-    for line in lines:
-        enter(child, line)
-    end(child, how)
-    assert recovered(state) == []
-
-
-def test_a_lost_conversation_is_said_to_be_lost(talk, server):
-    server.script(answer())
     child = talk(env={"XDG_STATE_HOME": "/dev/null/state"})
     enter(child, "one")
-    end(child, "SIGTERM")
-    assert b"lost" in child.output
+    enter(child, "two")
+    leave(child)
+    assert (child.output.count(b"the conversation is not kept"), b"to continue" in child.output) == (1, False)
 
 
 # -- Failures --------------------------------------------------------
@@ -862,7 +978,7 @@ def test_a_resize_in_a_reply_breaks_nothing(talk, server):
     gate.set()
     child.expect("lo")
     child.expect(PROMPT)
-    assert b"\x1b[2mendpoint: my-endpoin\x1b[0m\r\n" in child.output
+    assert b"\x1b[2mmsgs: 2\x1b[0m\r\n" in child.output
     child.send("x" * 30 + "\r")
     child.expect(PROMPT)
     leave(child)
@@ -892,10 +1008,11 @@ def test_the_first_failure_decides_the_status_once_all_lines_were_tried(pipe, se
     assert said(server, 4) == [("user", "two"), ("assistant", "zwei"), ("user", "four")]
 
 
+@pytest.mark.smoke
 def test_a_line_that_is_not_utf8_is_one_failed_turn(pipe, server):
     server.script(answer())
     status, out, lines = pipe(b"caf\xe9\ntwo\n")
-    assert (status, out, said(server, 1)) == (2, "Hello!\n", [("user", "two")])
+    assert (status, out, said(server, 1)) == (9, "Hello!\n", [("user", "two")])
     assert "UTF-8" in lines[0]
 
 
@@ -927,14 +1044,248 @@ def test_with_stdout_in_a_pipe_the_prompt_goes_to_stderr(talk, server):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whatever_happens_each_request_is_well_formed(pipe, server, tmp_path, seed):
+def test_whatever_happens_each_request_is_well_formed(talk, server, tmp_path, seed):
     dice = random.Random(seed)
-    path = tmp_path / "saved.json"
     scripts = [[answer("yes")], [failure()], [Reset()], [stream_head(), HEL], [stream_head(), sse(chunk(" "))],
                [stream_head(), HEL, sse({"error": "bad"})], [answer("")], [answer("\n")]]
-    lines = ["/undo", "/retry", "/clear", f"/save {path}", f"/load {path}", "/system be kind", "/system", "/nonsense"]
-    server.script(*(dice.choice(scripts) if dice.random() < 0.6 else answer("ok") for _ in range(80)))
-    pipe("".join((dice.choice(lines) if dice.random() < 0.5 else f"question {n}") + "\n" for n in range(80)))
+    lines = ["/undo", "/retry", "/clear", "/save saved.json", "/load saved.json", "/system be kind", "/system",
+             "/nonsense", "/drop", "/system -", "/load 1"]
+    server.script(*(dice.choice(scripts) if dice.random() < 0.6 else answer("ok") for _ in range(60)))
+    child = talk(cwd=str(tmp_path), columns=200)
+    for number in range(60):
+        child.send((dice.choice(lines) if dice.random() < 0.5 else f"question {number}") + "\r")
+        if child.expect(re.compile(rb"Write over it|" + PROMPT.pattern)).group() == b"Write over it":
+            child.send("y\r")
+            child.expect(PROMPT)
+    leave(child)
     assert len(server.requests) > 20
     for count in range(1, len(server.requests) + 1):
         assert well_formed(said(server, count)), said(server, count)
+
+
+# -- Settings between turns ------------------------------------------
+
+
+def test_a_model_is_set_shown_and_unset(pipe, server):
+    server.always(answer())
+    lines = pipe("/model\n/model llama\none\n/model -\ntwo\n")[2]
+    assert [line for line in lines if line.startswith("model")] == [
+        "model: none asked for", "model: llama", "model: none asked for"]
+    assert [request.json["model"] for request in server.requests] == ["llama", "my-endpoint"]
+
+
+@pytest.mark.parametrize("line, field, value", [
+    ("temperature 0", "temperature", 0), ("max_tokens 7", "max_tokens", 7), ("--top-p 0.5", "top_p", 0.5),
+    ("SEED -3", "seed", -3), ("presence_penalty -2", "presence_penalty", -2),
+    ("frequency-penalty 1.5", "frequency_penalty", 1.5)])
+def test_a_sampling_option_is_set_and_unset(pipe, server, line, field, value):
+    server.always(answer())
+    assert pipe(f"/set {line}\none\n/set {field} -\ntwo\n")[0] == 0
+    first, second = (request.json for request in server.requests)
+    assert (first[field], field in second) == (value, False)
+
+
+@pytest.mark.parametrize("line", ["temperature 3", "temperature x", "max_tokens 0", "max_tokens 1.5", "colour red",
+                                  "temperature", "reasoning maybe", "temperature nan", "seed 1e3"])
+def test_a_sampling_option_that_is_wrong_is_refused(pipe, server, line):
+    status, out, lines = pipe(f"/set {line}\none\n")
+    assert (status, out, server.requests) == (2, "", [])
+    assert lines[0].startswith("xeroctl: error: ")
+
+
+def test_set_alone_shows_every_option(pipe):
+    lines = pipe("/set\n", "--temperature", "0.5", "--param", "top_k=40")[2]
+    assert lines[:8] == ["max_tokens: 4096", "temperature: 0.5", "top_p: -", "frequency_penalty: -", "presence_penalty: -",
+                         "seed: -", "top_k: 40", "reasoning: off"]
+
+
+def test_reasoning_is_shown_once_that_is_set(pipe, server):
+    server.always(stream(chunk(delta={"reasoning_content": "hm"}), chunk("Hi", finish="stop"), DONE))
+    lines = pipe("one\n/set reasoning on\ntwo\n/set reasoning off\nthree\n")[2]
+    assert sum("hm" in line for line in lines) == 1
+
+
+def test_an_endpoint_is_set_between_turns(pipe, server):
+    server.always(answer())
+    lines = pipe("/endpoint\n/endpoint other\none\n")[2]
+    assert (lines[:2], server.requests[0].target) == (
+        ["endpoint: my-endpoint", "endpoint: other"], "/other/v1/chat/completions")
+
+
+def test_another_context_gets_neither_key_nor_headers_of_the_command_line(pipe, run, server):
+    with Server() as other:
+        other.always(answer("from the other"))
+        run("config", "add", "other", "--base-url", other.url, "--api-key", "-", "--endpoint", "theirs",
+            stdin=b"key-of-the-other\n")
+        server.always(answer())
+        status, out, _ = pipe("one\n/context other\ntwo\n", "--api-key", "key-of-the-first", "--header", "X-Team: secret")
+    assert (status, out) == (0, "Hello!\nfrom the other\n")
+    [request] = other.requests
+    assert (request.headers["authorization"], "x-team" in request.headers) == ("Bearer key-of-the-other", False)
+    assert request.target == "/theirs/v1/chat/completions"
+    assert len(request.json["messages"]) == 3
+
+
+def test_a_context_that_does_not_exist_changes_nothing(talk, server):
+    server.script(answer())
+    child = talk()
+    assert enter(child, "/context nowhere")[0].startswith("xeroctl: error: ")
+    assert enter(child, "one")[0] == "Hello!"
+    leave(child)
+
+
+# -- Looking back ----------------------------------------------------
+
+
+def test_show_shows_the_last_turns(pipe, server):
+    server.script(answer("eins"), answer("zwei\nzwei"))
+    lines = pipe("one\ntwo\n/show\n/show 9\n", "-q", "--system", "s")[2]
+    assert lines[:11] == ["> two", "zwei", "zwei", "", "> one", "eins", "", "> two", "zwei", "zwei", ""]
+
+
+@pytest.mark.parametrize("line", ["/show 0", "/show x", "/undo -1", "/drop 1.5", "/drop all"])
+def test_a_count_of_turns_is_a_number(pipe, server, line):
+    server.always(answer())
+    status, _, lines = pipe(f"one\n{line}\n")
+    assert (status, any("not a number" in line for line in lines)) == (2, True)
+
+
+def test_several_turns_are_taken_back_and_the_oldest_dropped(pipe, server):
+    server.always(answer("a"))
+    pipe("one\ntwo\nthree\nfour\n/undo 2\n/drop\nfive\n", "--system", "s")
+    assert said(server, 5) == [("system", "s"), ("user", "two"), ("assistant", "a"), ("user", "five")]
+
+
+def test_a_full_context_names_drop_and_tokens_the_last_prompt(talk, server):
+    server.script(answer("eins"), failure("400 Bad Request", "the request exceeds the available context size"), answer())
+    child = talk()
+    enter(child, "one")
+    assert "last prompt: 9 tokens" in enter(child, "/tokens")
+    assert any("/drop" in line for line in enter(child, "two"))
+    enter(child, "/drop")
+    enter(child, "/retry")
+    leave(child)
+    assert said(server, 3) == NEW
+
+
+def test_retry_and_undo_act_on_the_question_that_failed(talk, server):
+    server.script(answer("eins"), failure(), answer("zwei"), failure(), answer("drei"))
+    child = talk()
+    for line in ("one", "two", "/retry", "three"):
+        enter(child, line)
+    assert enter(child, "/undo") == ["took back: three"]
+    assert enter(child, "four")[0] == "drei"
+    leave(child)
+    assert said(server, 3) == TURN + NEW
+    assert said(server, 5) == TURN + NEW + [("assistant", "zwei"), ("user", "four")]
+
+
+def test_retry_after_ctrl_c_asks_the_question_that_was_stopped(talk, server):
+    server.script(answer("eins"), Hold(), answer("zwei"))
+    child = talk()
+    enter(child, "one")
+    child.send("two\r")
+    server.wait_requests(2)
+    interrupt(child, "/retry asks again", PROMPT)
+    assert enter(child, "/retry")[0] == "zwei"
+    leave(child)
+    assert said(server, 3) == TURN + NEW
+
+
+@pytest.mark.parametrize("text", ["", " \n "], ids=repr)
+def test_an_empty_answer_is_a_failure_and_retry_asks_again(pipe, server, text):
+    server.script(answer(text), answer("zwei"))
+    status, out, _ = pipe("two\n/retry\n")
+    assert (status, out.strip()) == (5, "zwei")
+    assert said(server, 2) == NEW
+
+
+# -- Files and the clipboard -----------------------------------------
+
+
+def test_attached_files_go_with_the_next_message(pipe, server, tmp_path):
+    server.always(answer())
+    (tmp_path / "a.log").write_text("boom\n")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n....")
+    lines = pipe('/attach a.log\n/attach "b.png"\n/attach\none\ntwo\n/attach\n/save c.json\n', cwd=str(tmp_path))[2]
+    assert lines[0] == "with the next message: a.log, 5 bytes"
+    assert lines[3:5] == ["with the next message: a.log, 5 bytes", "with the next message: b.png, 12 bytes"]
+    assert "no file waits for the next message" in lines
+    text, image = server.requests[0].json["messages"][0]["content"]
+    assert "one" in text["text"] and "a.log" in text["text"] and "boom" in text["text"]
+    assert image["type"] == "image_url"
+    assert said(server, 2)[-1] == ("user", "two")
+    assert json.loads((tmp_path / "c.json").read_text())["messages"][0] == server.requests[0].json["messages"][0]
+
+
+def test_files_of_the_command_line_go_with_the_first_message(pipe, server, tmp_path):
+    server.always(answer())
+    (tmp_path / "a.log").write_text("boom\n")
+    pipe("one\ntwo\n", "-a", "a.log", cwd=str(tmp_path))
+    assert "boom" in said(server, 1)[0][1] and said(server, 2)[-1] == ("user", "two")
+
+
+def test_a_file_that_cannot_be_attached_ends_a_piped_chat_with_status_9(pipe, server, tmp_path):
+    assert pipe("/attach missing.log\none\n", cwd=str(tmp_path))[:2] == (9, "")
+
+
+@pytest.mark.parametrize("line, text", [("/copy", "See:\n```py\nx = 1\n```\nand\n```\ny é\n```\n"), ("/copy code", "y é")])
+@pytest.mark.parametrize("tmux", [False, True])
+def test_the_last_answer_is_copied_to_the_clipboard_of_the_terminal(talk, server, line, text, tmux):
+    server.script(answer("See:\n```py\nx = 1\n```\nand\n```\ny é\n```\n"))
+    child = talk(env={"TMUX": "x"} if tmux else None)
+    enter(child, "one")
+    child.send(line + "\r")
+    child.expect("copied ")
+    [data] = re.findall(rb"\n?(?<!\x1b)\x1b\]52;c;([A-Za-z0-9+/=]*)\x07", child.output)
+    assert base64.b64decode(data).decode().rstrip("\n") == text.rstrip("\n")
+    assert (b"\x1bPtmux;\x1b\x1b]52;c;" + data + b"\x07\x1b\\" in child.output) == tmux
+    child.expect(PROMPT)
+    leave(child)
+
+
+@pytest.mark.parametrize("reply, line, words", [
+    ("no code", "/copy code", "no code block"), ("x" * 74001, "/copy", "too much"), ("a", "/copy all", "/copy takes")])
+def test_what_cannot_be_copied_is_one_line(talk, server, reply, line, words):
+    server.script(answer(reply))
+    child = talk()
+    enter(child, "one")
+    child.send(line + "\r")
+    child.expect(words)
+    child.expect(PROMPT)
+    leave(child)
+    assert b"]52;" not in child.output
+
+
+def test_a_blank_line_stands_between_turns(talk, server):
+    server.always(answer())
+    child = talk()
+    enter(child, "one")
+    enter(child, "/tokens")
+    enter(child, "two")
+    leave(child)
+    shown = screen(child.output, 80, 40)
+    assert [shown[index - 1] == "" for index, line in enumerate(shown) if line.startswith("endpoint")] == [
+        False, True, False, True]
+
+
+def test_a_line_that_begins_with_a_blank_is_recalled_and_not_kept(talk, server, state):
+    server.always(answer())
+    child = talk()
+    for line in (" secret", "one", "one"):
+        enter(child, line)
+    enter(child, UP + UP)
+    leave(child)
+    assert said(server, 4)[-1] == ("user", " secret")
+    with open(os.path.join(state, "history")) as file:
+        assert file.read() == '"one"\n"/quit"\n'
+
+
+def test_a_history_that_is_no_regular_file_is_left_alone_with_a_note(talk, server, state):
+    server.always(answer())
+    os.makedirs(os.path.join(state, "history"))
+    child = talk()
+    enter(child, "one")
+    enter(child, "two")
+    leave(child)
+    assert child.output.count(b"is no regular file") == 1

@@ -31,28 +31,22 @@ def tree(xeroctl):
     found = {}
 
     def add(path, parser):
-        found[path] = parser.filled()
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for name, below in action.choices.items():
-                    add((*path, name), below)
+        found[path] = parser.with_options()
+        for name, below in parser.commands.items():
+            add((*path, name), below)
 
     add((), xeroctl.build_parser())
     return found
 
 
-def is_group(parser):
-    return any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
-
-
 def leaves(xeroctl):
     """Return the parsers of the commands that have none below them, by their words."""
-    return {path: parser for path, parser in tree(xeroctl).items() if not is_group(parser)}
+    return {path: parser for path, parser in tree(xeroctl).items() if not parser.commands}
 
 
 def options(parser):
     """Return the actions of *parser* that options start."""
-    return [action for action in parser._actions if action.option_strings]
+    return list(dict.fromkeys(parser.names.values()))
 
 
 def names(actions):
@@ -67,7 +61,9 @@ def parser_options(xeroctl):
 def option_head(action):
     """Return what heads an option's item: "Fl m , Fl -message Ar TEXT"."""
     head = " , ".join("Fl " + name[1:] for name in action.option_strings)
-    return head if action.nargs == 0 else f"{head} Ar {action.metavar}"
+    if action.nargs == 0:
+        return head
+    return f"{head} Ar {action.metavar}" + " ..." * (action.nargs == "+")
 
 
 def argument_head(action):
@@ -80,10 +76,9 @@ def argument_head(action):
 def command_head(path, commands):
     """Return what heads the item of the command *path*: "Cm config Op Cm list", "Cm config add Ar NAME"."""
     above, parser = commands[path[:-1]], commands[path]
-    default = above.get_default("run")
-    if default and parser.get_default("run") is default:
+    if above.run and parser.run is above.run:
         return f"Cm {' '.join(path[:-1])} Op Cm {path[-1]}"
-    arguments = [argument_head(action) for action in parser._actions if not action.option_strings]
+    arguments = [argument_head(action) for action in parser.arguments]
     return " ".join(["Cm", *path, *arguments])
 
 
@@ -145,10 +140,12 @@ def listed_options():
 # -- The manual ------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_the_manual_has_every_command_with_its_arguments_and_no_other(xeroctl):
     assert list(listed_options()) == command_heads(xeroctl)
 
 
+@pytest.mark.smoke
 def test_the_synopsis_has_every_command_with_its_arguments_and_no_other(xeroctl):
     commands = {command_head(path, tree(xeroctl)): parser for path, parser in leaves(xeroctl).items()}
     found = []
@@ -159,48 +156,68 @@ def test_the_synopsis_has_every_command_with_its_arguments_and_no_other(xeroctl)
     assert list(dict.fromkeys(found)) == command_heads(xeroctl)
 
 
+@pytest.mark.smoke
 def test_no_sentence_of_the_manual_names_another_command(xeroctl):
     commands = tree(xeroctl)
-    known = set(commands) | {(*path, word) for path, parser in commands.items() for action in parser._actions
-                             if action.choices and not action.option_strings for word in action.choices}
+    known = set(commands) | {(*path, word) for path, parser in commands.items()
+                             for action in parser.arguments for word in action.choices or ()}
     named = [tuple(words.split()) for words in re.findall(r"\bCm ([a-z]+(?: [a-z]+)*)", section("DESCRIPTION"))]
     named = [words for words in named if words[:1] in commands]
     assert len(named) > 20
     assert [words for words in named if words not in known] == []
 
 
+def section_options(name, chat_heads):
+    """Return the heads of the options in a subsection: its items, and those of chat that its first paragraph names."""
+    text = subsection(name)
+    shared = flags(text.partition("\n.Bl ")[0])
+    return set(items(text)) | {head for head in chat_heads if flags(head) & shared}
+
+
+@pytest.mark.smoke
 def test_the_manual_has_every_option_of_every_command_and_no_other(xeroctl):
     """The global ones once, those that say which endpoint is asked once, the others where their command is."""
     commands = tree(xeroctl)
     everywhere = {option_head(action) for action in options(commands[()])}
     of_endpoints = set(items(subsection("Endpoint options")))
     asking = {words for words in re.findall(r"^\.Cm (\w+)", subsection("Endpoint options"), re.MULTILINE)}
-    assert set(items(subsection("Global options"))) - {head for head in items(PAGE) if head[:2] == "Cm"} == everywhere
+    chat_heads = items(subsection("Options of chat"))
+    listed = [head for head in items(subsection("Global options")) if head.startswith("Fl ")]
+    assert set(listed) == everywhere
     for path, parser in commands.items():
         if not path:
             continue
-        heads = {option_head(action) for action in options(parser)} - everywhere
+        heads = {option_head(action) for action in options(parser)}
+        assert everywhere - heads == ({"Fl -retries Ar N"} if path == ("bench",) else set())
+        heads -= everywhere
         if path[0] in asking:
             assert of_endpoints <= heads, path
             heads -= of_endpoints
-        if is_group(parser):  # as its default
+        if parser.commands:  # as its default
             path = next((below for below in commands if below[:-1] == path and below[-1] == "list"))
         documented = set(listed_options()[command_head(path, commands)])
-        if path == ("chat",):
-            documented |= set(items(subsection("Options of chat")))
+        if path in (("chat",), ("batch",), ("bench",)):
+            documented |= section_options(f"Options of {path[0]}", chat_heads)
         assert documented == heads, path
 
 
 def test_the_manual_describes_no_option_of_a_command_twice():
-    heads = items(subsection("Global options")) + items(subsection("Endpoint options"))
-    for below in [items(subsection("Options of chat")), *listed_options().values()]:
-        assert len(set(heads + below)) == len(heads + below)
+    everywhere = items(subsection("Global options"))
+    of_endpoints = items(subsection("Endpoint options"))
+    lists = {head: items(subsection(f"Options of {head}")) for head in ("chat", "batch", "bench")}
+    lists.update(listed_options())
+    for command, heads in lists.items():
+        asks_one_endpoint = not command.startswith(("bench", "Cm config"))
+        heads = everywhere + of_endpoints * asks_one_endpoint + heads
+        assert len(set(heads)) == len(heads), command
 
 
+@pytest.mark.smoke
 def test_no_sentence_of_the_manual_names_another_option(xeroctl):
     assert flags(PAGE) - parser_options(xeroctl) == set()
 
 
+@pytest.mark.smoke
 def test_the_manual_has_the_words_that_a_value_can_be(xeroctl):
     with_choices = {option_head(action): action for parser in tree(xeroctl).values() for action in options(parser)
                     if action.choices}
@@ -210,12 +227,14 @@ def test_the_manual_has_the_words_that_a_value_can_be(xeroctl):
         assert set(action.choices) - set(re.findall(r"\bCm (\w+)", text)) == set(), head
 
 
+@pytest.mark.smoke
 def test_the_manual_says_which_options_may_be_repeated(xeroctl):
     repeatable = {option_head(action) for parser in tree(xeroctl).values() for action in options(parser)
                   if isinstance(action, argparse._AppendAction)}
     found = [head for head, text in bodies(section("DESCRIPTION")) if re.search("May be repeated|it is repeated", text)]
     assert set(found) == repeatable
     assert found.count("Fl -metadata Ar NAME=VALUE") == 3
+    assert found.count("Fl e , Fl -endpoint Ar SLUG") == 1  # of bench
 
 
 def test_the_manual_has_the_commands_of_a_conversation_and_no_other(xeroctl):
@@ -230,7 +249,7 @@ def test_the_manual_has_the_steps_of_status_in_their_order(xeroctl):
 
 def test_the_manual_has_the_keys_of_the_config_file_and_no_other(xeroctl):
     heads = [head for head in items(section("FILES")) if head.startswith("Cm ")]
-    assert sorted(heads) == sorted("Cm " + name for name in ("current", *xeroctl.DEPLOYMENT_KEYS))
+    assert sorted(heads) == sorted("Cm " + name for name in ("current", *xeroctl.FIELD_TYPES))
 
 
 def config_examples():
@@ -243,7 +262,7 @@ def config_examples():
 def test_a_config_file_in_the_documents_holds_known_keys_alone(xeroctl, text):
     config = xeroctl.parse_config(text, "an example")
     assert config.current in config.deployments
-    assert {name for deployment in config.deployments.values() for name in deployment} <= set(xeroctl.DEPLOYMENT_KEYS)
+    assert {name for deployment in config.deployments.values() for name in deployment} <= set(xeroctl.FIELD_TYPES)
 
 
 def test_the_manual_has_every_variable_and_no_other(xeroctl):
@@ -332,12 +351,13 @@ MANUAL_COMMANDS = [command for line in manual_lines() for command in tool_comman
 NEEDS_ENDPOINT = {"chat", "models", "completions"}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("command", README_COMMANDS + MANUAL_COMMANDS, ids=" ".join)
 def test_a_command_in_the_documents_parses(xeroctl, command):
     command = [re.sub(r"^\$\w+$", "some", word) for word in command]
     try:
         found = xeroctl.build_parser().parse_args(command)
-    except xeroctl.Page:
+    except xeroctl.TextRequested:
         return
     assert found.command
     assert found.demo or found.endpoint or found.command not in NEEDS_ENDPOINT
@@ -346,7 +366,7 @@ def test_a_command_in_the_documents_parses(xeroctl, command):
     if found.run is xeroctl.run_completions_update:
         assert found.metadata
     if found.command == "help":
-        with pytest.raises(xeroctl.Page):
+        with pytest.raises(xeroctl.TextRequested):
             xeroctl.build_parser().parse_args([*found.topic, "--help"])
 
 
@@ -383,6 +403,7 @@ def test_the_readme_fits_its_columns():
     assert [line for line in GUIDE.split("\n") if len(line) > 120] == []
 
 
+@pytest.mark.smoke
 def test_the_readme_names_no_option_that_does_not_exist(xeroctl):
     found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", GUIDE))
     assert found - parser_options(xeroctl) == OTHER_PROGRAMS_OPTIONS
@@ -392,7 +413,7 @@ def test_the_readme_and_the_manual_have_the_same_statuses_and_variables(xeroctl)
     statuses = {int(number) for number in re.findall(r"^\| (\d+) \|", GUIDE, re.MULTILINE)}
     assert statuses == {int(head) for head in items(section("EXIT STATUS"))}
     ours = {value for name, value in vars(xeroctl).items() if name.startswith("ENV_")}
-    assert set(re.findall(r"\bXEROTIER_[A-Z_]+", GUIDE)) == ours
+    assert set(re.findall(r"\b(?:XEROTIER|OPENAI)_[A-Z_]+", GUIDE)) == ours
 
 
 def test_the_first_command_of_the_readme_does_what_it_says(run):

@@ -100,6 +100,7 @@ def test_a_signal_ends_it_at_once_and_keeps_the_text(start, server, phase, outpu
     assert phase == waiting_to_retry or server.gone[0].wait(SOON_SECONDS)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_ends_it_while_it_reports_an_error(start, number):
     child = start("-o", "x" * 100000)
@@ -109,6 +110,7 @@ def test_a_signal_ends_it_while_it_reports_an_error(start, number):
     assert child.process.returncode == -number
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_ends_it_while_nobody_reads(start, server, number):
     server.script([stream_head()] + [sse(chunk("lolo")) * 17000, Hold()])
@@ -124,6 +126,7 @@ def test_a_signal_ends_it_while_nobody_reads(start, server, number):
     os.close(reader)
 
 
+@pytest.mark.smoke
 def test_ctrl_c_with_json_keeps_whole_lines(start, server):
     server.script([HEL, Hold()])
     child = start(*ask(server, "--stream", "-o", "json"))
@@ -133,6 +136,7 @@ def test_ctrl_c_with_json_keeps_whole_lines(start, server):
     assert (result.status, result.stdout.count(b"\n"), result.stdout[-2:]) == (130, 1, b"}\n")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_ignored_from_the_start_stays_ignored(bash, server, number):
     gate = Event()
@@ -144,6 +148,7 @@ def test_a_signal_ignored_from_the_start_stays_ignored(bash, server, number):
     assert child.finish() == (0, b"Hello\n", b"")
 
 
+@pytest.mark.smoke
 def test_ctrl_c_ends_the_loop_around_it(interpreter, env, server):
     server.script([HEL, Hold()])
     line = 'for i in 1 2 3; do "$@"; done; echo the loop went on'
@@ -155,6 +160,7 @@ def test_ctrl_c_ends_the_loop_around_it(interpreter, env, server):
     assert len(server.gone) == 1
 
 
+@pytest.mark.smoke
 def test_a_ctrl_c_that_another_thread_is_given_is_seen(interpreter, env, server):
     # It leaves the main thread in its wait, as does one that comes after Python's last look before the wait.
     tell = getattr(ctypes.CDLL(None), "tgkill", None)
@@ -201,6 +207,7 @@ def test_an_alarm_of_the_parent_goes_off(started, interpreter, server):
 # -- Standard output -------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_a_reader_that_goes_ends_the_stream_quietly(start, server):
     gate = Event()
     server.script([HEL, Gate(gate), sse(chunk("lo")), Hold()])
@@ -214,6 +221,7 @@ def test_a_reader_that_goes_ends_the_stream_quietly(start, server):
     assert server.gone[0].wait(SOON_SECONDS)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("options", [(), ("-m", "-"), ("-i",)], ids=" ".join)
 def test_a_stdin_that_cannot_be_read_is_one_line(start, server, options):
     with open(os.devnull, "wb") as only_written:
@@ -298,6 +306,7 @@ def test_a_non_blocking_pipe_gets_all_of_the_answer(start, server):
 # -- Streams that are not there --------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("closing, options, expected", [
     (">&-", (), (1, b"", b"xeroctl: cannot write to stdout: Bad file descriptor\n")),
     ("2>&-", ("--show-usage",), (0, b"Hello!\n", b"")),
@@ -371,6 +380,7 @@ LOCALES = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("locale", LOCALES, ids=repr)
 @pytest.mark.parametrize("way", ["argument", "stdin"])
 def test_pipes_are_utf_8_in_every_locale(chat, server, locale, way):

@@ -1,7 +1,10 @@
 """Where the settings come from, which addresses they make, and whom the key is sent to."""
 
+import argparse
+import contextlib
 import json
 import os
+import re
 
 import pytest
 
@@ -89,12 +92,13 @@ def test_the_output_form_is_the_options_then_the_files(chat, server, config, opt
 def test_the_file_may_ask_for_errors_in_json(run, config):
     config(deployments(prod={"base_url": "https://api.example/v1", "output": "json"}))
     result = run("chat", "--endpoint", "e", "-m", "")
-    assert (result.status, result.stdout) == (2, b"")
+    assert (result.status, result.stdout) == (9, b"")
     assert json.loads(result.stderr.decode())["message"] == "the message is empty"
 
 
+@pytest.mark.smoke
 def test_no_base_url_says_the_three_ways_to_give_one(run):
-    line = (b"xeroctl: no base URL: set it up with: xeroctl config init, or set XEROTIER_BASE_URL and XEROTIER_API_KEY, "
+    line = (b"xeroctl: error: no base URL: set it up with: xeroctl config init, or set XEROTIER_BASE_URL and XEROTIER_API_KEY, "
             b"or try without any: xeroctl chat --demo -m Hello\n")
     assert run(*DRY) == (2, b"", line)
     assert run(*DRY, env={"XEROTIER_BASE_URL": ""}) == (2, b"", line)
@@ -102,7 +106,7 @@ def test_no_base_url_says_the_three_ways_to_give_one(run):
 
 def test_a_file_that_chooses_no_context_says_which_there_are(run, config):
     path = config('[deployment.prod]\nbase_url = "https://api.example/v1"\n')
-    line = (f"xeroctl: no context is chosen: {path} has: prod: give --context CONTEXT, "
+    line = (f"xeroctl: error: no context is chosen: {path} has: prod: give --context CONTEXT, "
             "or choose with: xeroctl config use CONTEXT\n")
     assert run(*DRY) == (2, b"", line.encode())
     assert run(*DRY, "--context", "prod").status == 0
@@ -111,14 +115,197 @@ def test_a_file_that_chooses_no_context_says_which_there_are(run, config):
 def test_an_unknown_context_names_the_known_ones(run, config):
     path = config(deployments("gone", staging={}, prod={}))
     for name, options in (("gone", []), ("x y", ["--context", "x y"])):
-        line = f"xeroctl: unknown context '{name}': {path} has: prod, staging\n"
+        line = f"xeroctl: error: unknown context '{name}': {path} has: prod, staging\n"
         assert run(*DRY, "--base-url", "https://api.example/v1", *options) == (2, b"", line.encode())
 
 
 def test_a_context_without_a_file_is_unknown(run):
     result = run(*DRY, "--base-url", "https://api.example/v1", "--context", "prod")
     assert (result.status, result.stdout) == (2, b"")
-    assert result.stderr.startswith(b"xeroctl: unknown context 'prod': ") and result.stderr.endswith(b" has: none\n")
+    assert result.stderr.startswith(b"xeroctl: error: unknown context 'prod': ") and result.stderr.endswith(b" has: none\n")
+
+
+# -- Everything that settings come from, as a table ------------------
+
+XEROTIER = {"XEROTIER_BASE_URL": "https://env.example/v1", "XEROTIER_API_KEY": "env-key"}
+OPENAI = {"OPENAI_BASE_URL": "https://openai.example/v1", "OPENAI_API_KEY": "openai-key"}
+ENV_KEY = {"XEROTIER_API_KEY": "env-key"}
+A = {"base_url": "https://a.example/v1", "api_key": "a-key", "endpoint": "ea", "stream": True}
+KEYLESS = {"base_url": "https://a.example/v1"}
+NOT_SENT = "XEROTIER_API_KEY is for another server and is not sent"
+A_NOT_SENT = "the key of context a is for another server and is not sent"
+FROM_A = ("https://a.example/v1", "a-key", "ea", True)
+FROM_ENV = ("https://env.example/v1", "env-key", None, False)
+FROM_OPENAI = ("https://openai.example/v1/chat/completions", "openai-key", None, False)
+SOURCES = {  # options, variables, deployment a, whether it is the current one, settings, notes
+    "the current deployment": ({}, {}, A, True, FROM_A, []),
+    "a given one": ({"context": "a"}, {}, A, False, FROM_A, []),
+    "one that a variable names": ({}, {"XEROTIER_CONTEXT": "a"}, A, False, FROM_A, []),
+    "variables beat the current one": ({}, XEROTIER, A, True, FROM_ENV, []),
+    "variables beat one that a variable names": ({}, {**XEROTIER, "XEROTIER_CONTEXT": "a"}, A, False, FROM_ENV, []),
+    "a given one beats variables": ({"context": "a"}, XEROTIER, A, False, FROM_A, []),
+    "a given current one beats variables": ({"context": "a"}, XEROTIER, A, True, FROM_A, []),
+    "empty variables": ({}, dict.fromkeys([*XEROTIER, *OPENAI, "XEROTIER_ENDPOINT", "XEROTIER_CONTEXT"], ""), A, True, FROM_A, []),
+    "the variable's key beats the current one's": ({}, ENV_KEY, A, True, (FROM_A[0], "env-key", "ea", True), []),
+    "a given one's key beats the variable's": ({"context": "a"}, ENV_KEY, A, True, FROM_A, []),
+    "options beat all": (
+        {"context": "a", "base_url": "https://o.example", "api_key": "o-key", "endpoint": "eo", "stream": False},
+        {**XEROTIER, **OPENAI, "XEROTIER_ENDPOINT": "ev"}, A, True, ("https://o.example", "o-key", "eo", False), []),
+    "an address alone gets the variable's key": (
+        {"base_url": "https://o.example"}, ENV_KEY, A, True, ("https://o.example", "env-key", None, False), []),
+    "an address alone does not get a stored key": (
+        {"base_url": "https://o.example"}, {}, A, True, ("https://o.example", None, None, False), [A_NOT_SENT]),
+    "an address alone of the same origin does": (
+        {"base_url": "https://a.example/v2"}, {}, A, True, ("https://a.example/v2", "a-key", None, False), []),
+    "a variable's address does not get a stored key": (
+        {}, {"XEROTIER_BASE_URL": "https://env.example/v1"}, A, True, (*FROM_ENV[:1], None, None, False), [A_NOT_SENT]),
+    "a deployment without a key": ({}, {}, KEYLESS, True, (FROM_A[0], None, None, False), []),
+    "it takes the variable's": ({}, ENV_KEY, KEYLESS, True, (FROM_A[0], "env-key", None, False), []),
+    "given, it takes the variable's": ({"context": "a"}, ENV_KEY, KEYLESS, False, (FROM_A[0], "env-key", None, False), []),
+    "but not one that is another server's": (
+        {"context": "a"}, XEROTIER, KEYLESS, False, (FROM_A[0], None, None, False), [NOT_SENT]),
+    "one of the same origin": (
+        {"context": "a"}, {**ENV_KEY, "XEROTIER_BASE_URL": "https://a.example:443/b"}, KEYLESS, False,
+        (FROM_A[0], "env-key", None, False), []),
+    "a broken address owns its key too": (
+        {"context": "a"}, {**ENV_KEY, "XEROTIER_BASE_URL": "nonsense"}, KEYLESS, False,
+        (FROM_A[0], None, None, False), [NOT_SENT]),
+    "a deployment without an address": (
+        {}, XEROTIER, {"api_key": "a-key", "endpoint": "ea", "stream": True}, True, FROM_ENV, []),
+    "given, it has an address in a variable": (
+        {"context": "a"}, {"XEROTIER_BASE_URL": "https://env.example/v1"}, {"api_key": "a-key"}, True,
+        (FROM_ENV[0], None, None, False), [A_NOT_SENT]),
+    "the variable's endpoint": ({}, {"XEROTIER_ENDPOINT": "ev"}, A, True, (*FROM_A[:2], "ev", True), []),
+    "the option's endpoint": ({"endpoint": "eo"}, {"XEROTIER_ENDPOINT": "ev"}, A, True, (*FROM_A[:2], "eo", True), []),
+    "no stream all the same": ({"stream": False}, {}, A, True, (*FROM_A[:3], False), []),
+    "a stream": ({"stream": True}, {}, KEYLESS, True, (FROM_A[0], None, None, True), []),
+    "endpoint and stream of another address": (
+        {"base_url": "https://a.example/v2"}, {}, {**A, "api_key": ""}, True, ("https://a.example/v2", None, None, False), []),
+    "the same address with a slash": ({"base_url": "https://a.example/v1/"}, {}, A, True, FROM_A, []),
+    "OpenAI's variables": ({}, OPENAI, {}, False, FROM_OPENAI, []),
+    "OpenAI's variables are the last": ({}, {**OPENAI, **XEROTIER}, {}, False, FROM_ENV, []),
+    "after the current one too": ({}, OPENAI, A, True, FROM_A, []),
+    "OpenAI's whole address": (
+        {}, {"OPENAI_BASE_URL": "http://localhost:1/v1/chat/completions/"}, {}, False,
+        ("http://localhost:1/v1/chat/completions", None, None, False), []),
+    "OpenAI's address alone": (
+        {}, {"OPENAI_BASE_URL": "https://openai.example"}, {}, False,
+        ("https://openai.example/chat/completions", None, None, False), []),
+    "OpenAI's key alone is none": (
+        {"base_url": "https://o.example"}, {"OPENAI_API_KEY": "openai-key"}, {}, False, ("https://o.example", None, None, False), []),
+    "OpenAI's key goes to no other": (
+        {"base_url": "https://o.example"}, OPENAI, {}, False, ("https://o.example", None, None, False), []),
+    "Xerotier's key does not go to OpenAI": (
+        {}, {**ENV_KEY, "OPENAI_BASE_URL": "https://openai.example/v1"}, {}, False,
+        (*FROM_OPENAI[:1], None, None, False), [NOT_SENT]),
+    "a name that is no slug at a whole address": (
+        {"endpoint": "meta-llama/Llama-3"}, OPENAI, {}, False, (*FROM_OPENAI[:2], "meta-llama/Llama-3", False), []),
+}
+
+
+@pytest.fixture
+def settings(xeroctl):
+    """Return the Settings for these options, variables and a deployment a, and the deployments whose key was fetched."""
+    def settings(options, environ, deployment, is_current=True):
+        names = "base_url api_key context output cacert connect_timeout timeout retries endpoint stream model".split()
+        namespace = argparse.Namespace(**dict(dict.fromkeys(names), dry_run=False, header=[], **options))
+        fetched = []
+        config = xeroctl.Config("f", "a" if is_current else None, {"a": deployment}, [])
+        return xeroctl.resolve_settings(namespace, environ, config, lambda one: fetched.append(one) or "fetched"), fetched
+    return settings
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("options, environ, deployment, is_current, wanted, notes", SOURCES.values(), ids=SOURCES)
+def test_where_settings_come_from(settings, options, environ, deployment, is_current, wanted, notes):
+    found, fetched = settings(options, environ, deployment, is_current)
+    assert (found.base_url, found.api_key, found.endpoint, found.stream) == wanted
+    assert (found.notes, fetched) == (notes, [])
+
+
+def test_settings_say_where_they_come_from(settings):
+    found, _ = settings({"endpoint": "eo"}, ENV_KEY, A)
+    assert found.sources == {"base_url": "deployment a in f", "api_key": "XEROTIER_API_KEY", "endpoint": "--endpoint"}
+    found, _ = settings({}, {**OPENAI, "XEROTIER_ENDPOINT": "ev"}, {}, False)
+    assert found.sources == {"base_url": "OPENAI_BASE_URL", "api_key": "OPENAI_API_KEY", "endpoint": "XEROTIER_ENDPOINT"}
+    assert settings({}, {}, A)[0].retries == 2
+
+
+@pytest.mark.parametrize("options, environ, is_fetched", [
+    ({}, {}, True), ({"context": "a"}, XEROTIER, True), ({}, ENV_KEY, False), ({"api_key": "k"}, {}, False),
+    ({"base_url": "https://o.example"}, {}, False), ({"context": "a", "base_url": "https://o.example"}, ENV_KEY, False),
+])
+def test_a_key_that_is_kept_elsewhere_is_fetched_only_for_its_own_server(settings, options, environ, is_fetched):
+    deployment = {"base_url": "https://a.example/v1", "api_key_command": "pass"}
+    found, fetched = settings(options, environ, deployment)
+    assert (found.api_key == "fetched", fetched) == (is_fetched, [deployment] if is_fetched else [])
+
+
+@pytest.mark.parametrize("endpoint, base_url, is_taken", [
+    ("e", "https://h/v1", True), ("a/b", "https://h/v1", False), ("llama3.2:1b", "https://h/v1", False),
+    ("llama3.2:1b", "https://h/v1/chat/completions", True), ("a/b", "https://h/v1/chat/completions?v=1", True),
+    ("a b", "https://h/v1/chat/completions", True), ("a\nb", "https://h/v1/chat/completions", False),
+    ("a/b", "https://h/{endpoint}/chat/completions", False), ("..", "https://h/v1", False), ("...a", "https://h/v1", True),
+])
+def test_an_endpoint_is_a_slug_unless_no_path_is_built_from_it(xeroctl, endpoint, base_url, is_taken):
+    with contextlib.ExitStack() as stack:
+        if not is_taken:
+            stack.enter_context(pytest.raises(xeroctl.UsageError, match="^SOURCE must be letters"))
+        assert xeroctl.check_endpoint(endpoint, base_url, "SOURCE") == endpoint
+
+
+@pytest.mark.parametrize("base_url, plain", [
+    ("https://h/acme/v1", "https://h/acme/v1/chat/completions"), ("https://h", "https://h/v1/chat/completions"),
+    ("https://h/v10", "https://h/v10/v1/chat/completions"), ("https://h/v1/chat/completions", None),
+    ("https://h/v1/chat/completions?v=1", None), ("https://{endpoint}.h/v1", None),
+])
+def test_the_address_that_a_server_without_slugs_would_have(xeroctl, base_url, plain):
+    assert xeroctl.plain_address(base_url) == plain
+
+
+@pytest.mark.parametrize("host, stays", [
+    ("localhost", True), ("a.localhost", True), ("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("0.0.0.0", True),
+    ("localhost.evil.test", False), ("notlocalhost", False), ("127.0.0.1.evil.test", False), ("128.0.0.1", False),
+    ("10.0.0.0", False), (".localhost", False), ("::", False),
+])
+def test_which_hosts_are_this_machine(xeroctl, host, stays):
+    assert xeroctl.is_loopback(host) is stays
+
+
+def test_what_is_shown_of_keys_and_of_values_that_may_be_one(xeroctl):
+    shown = {None: "", "": "", "short": "****", "123456789012345": "****", "1234567890123456": "****3456"}
+    assert {key: xeroctl.mask_key(key) for key in shown} == shown
+    values = {"c/v1": "'c/v1'", "prod": "'prod'", "a-name-of-letters-alone": "'a-name-of-letters-alone'",
+              KEY: "'****6789'", "https://a.example/0123456789": "'https://a.example/0123456789'"}
+    assert {value: xeroctl.quote_value(value) for value in values} == values
+    assert xeroctl.redact("abcdefgh-abcdefghij-short", ["abcdefgh", "abcdefghij", "short", ""]) == "***-***-short"
+    names = {"Authorization": True, "api-key": True, "X-Auth": True, "Cookie": True, "access_token": True, "PASSWORD": True,
+             "base_url": False, "X-SLO-TTFT-Ms": False, "model": False}
+    assert {name: xeroctl.is_secret_name(name) for name in names} == names
+
+
+@pytest.mark.smoke
+def test_the_environment_names_an_endpoint_and_a_plain_server(run, config):
+    hello = ["chat", "--dry-run", "-m", "hi"]
+    config(deployments(None, prod={"base_url": "https://api.example/v1", "endpoint": "stored"}))
+    for options, variables, url in (
+            (["--context", "prod"], {}, "https://api.example/stored/v1/chat/completions"),
+            (["--context", "prod"], {"XEROTIER_ENDPOINT": "env"}, "https://api.example/env/v1/chat/completions"),
+            (["--context", "prod", "-e", "given"], {"XEROTIER_ENDPOINT": "env"}, "https://api.example/given/v1/chat/completions"),
+            (["--context", "prod"], XEROTIER, "https://api.example/stored/v1/chat/completions"),
+            (["--model", "a/b:c"], OPENAI, "https://openai.example/v1/chat/completions")):
+        result = run(*hello, *options, env=variables)
+        assert sent(result)[0] == url, (options, result)
+    assert b'"model": "a/b:c"' in result.stdout
+
+
+def test_a_deployment_may_stream_by_default(run, server, config):
+    config('current = "prod"\n[deployment.prod]\nbase_url = "%s/v1"\nendpoint = "e"\nstream = true\n' % server.url)
+    server.always(HELLO)
+    for options, streams in (([], True), (["--no-stream"], False), (["--stream"], True),
+                             (["--base-url", server.url, "-e", "e"], False)):
+        assert run("chat", "-m", "hi", "-q", *options).stdout == b"Hello!\n"
+        assert server.requests[-1].json["stream"] is streams, options
 
 
 # -- Addresses -------------------------------------------------------
@@ -143,6 +330,7 @@ ADDRESSES = {
 }
 
 
+@pytest.mark.smoke
 def test_a_base_url_becomes_this_request_target(start, server):
     server.always(HELLO)
     command = ["chat", "--endpoint", "my-endpoint", "-m", "hi"]
@@ -168,11 +356,11 @@ def test_what_is_no_base_url_is_refused(start):
     for url, child in zip(NO_BASE_URLS, children):
         result = child.finish()
         assert (result.status, result.stdout, result.stderr.count(b"\n")) == (2, b"", 1), url
-        assert result.stderr.startswith(b"xeroctl: not a base URL: ")
+        assert result.stderr.startswith(b"xeroctl: error: not a base URL: ")
 
 
 def test_a_base_url_with_a_password_is_refused_without_showing_it(run):
-    line = b"xeroctl: a base URL holds no user or password: use --api-key\n"
+    line = b"xeroctl: error: a base URL holds no user or password: use --api-key\n"
     assert run(*DRY, "--base-url", "https://me:secret@api.example/v1") == (2, b"", line)
 
 
@@ -189,7 +377,9 @@ def test_anything_else_is_no_slug(start):
     for slug, child in zip(slugs, children):
         result = child.finish()
         assert (result.status, result.stdout, result.stderr.count(b"\n")) == (2, b"", 1), slug
-        assert b"argument --endpoint: it consists of letters, digits, '.', '_' and '-', not " in result.stderr
+        assert result.stderr.startswith(b"xeroctl: error: --endpoint must "), slug
+        assert re.search(b"must (not be empty|not hold control characters|be letters, digits, '.', '_' and '-', not)",
+                         result.stderr), slug
 
 
 # -- Keys ------------------------------------------------------------
@@ -218,6 +408,7 @@ def test_a_stored_key_goes_only_to_its_origin(run, config, stored, used, goes):
     assert result.stderr == note
 
 
+@pytest.mark.smoke
 def test_a_stored_key_does_not_reach_another_server(run, server, config):
     with loopback.Server() as other:
         config(deployments(prod={"base_url": other.url + "/v1", "api_key": KEY}))
@@ -282,26 +473,27 @@ def test_a_file_that_others_can_read_draws_one_note(run, config, mode, noted):
 def test_notes_are_objects_when_errors_are(run, config, options, output):
     path = config(deployments(prod={"base_url": "https://api.example/v1", "output": output}), 0o644)
     said = json.loads(run(*DRY, *options).stderr.decode())
-    assert said == {"kind": "notice", "message": f"others can read {path}: chmod 600 it"}
+    assert said == {"kind": "note", "message": f"others can read {path}: chmod 600 it"}
 
 
 def test_a_file_that_cannot_be_read_is_named(run, path):
     os.mkdir(path)
-    assert run(*DRY) == (2, b"", f"xeroctl: cannot read {path}: Is a directory\n".encode())
+    assert run(*DRY) == (2, b"", f"xeroctl: error: cannot read {path}: Is a directory\n".encode())
     os.rmdir(path)
     os.symlink("gone", path)
-    assert run(*DRY) == (2, b"", f"xeroctl: cannot read {path}: No such file or directory\n".encode())
+    assert run(*DRY) == (2, b"", f"xeroctl: error: cannot read {path}: No such file or directory\n".encode())
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_permission_is_named(run, config):
     path = config("", 0)
-    assert run(*DRY) == (2, b"", f"xeroctl: cannot read {path}: Permission denied\n".encode())
+    assert run(*DRY) == (2, b"", f"xeroctl: error: cannot read {path}: Permission denied\n".encode())
 
 
+@pytest.mark.smoke
 def test_a_file_that_is_not_utf8_names_its_line(run, config):
     path = config(b'current = "a"\n# caf\xe9\n')
-    assert run(*DRY) == (2, b"", f"xeroctl: {path}: not UTF-8 (at line 2)\n".encode())
+    assert run(*DRY) == (2, b"", f"xeroctl: error: {path}: not UTF-8 (at line 2)\n".encode())
 
 
 def test_a_byte_order_mark_and_crlf_are_accepted(run, config):
@@ -336,7 +528,7 @@ def test_broken_toml_names_the_file_and_the_line(run, config, text, line):
     path = config(text)
     result = run(*DRY, "--base-url", "https://api.example/v1")
     assert (result.status, result.stdout, result.stderr.count(b"\n")) == (2, b"", 1)
-    assert result.stderr.decode().startswith(f"xeroctl: {path}: broken TOML: ")
+    assert result.stderr.decode().startswith(f"xeroctl: error: {path}: broken TOML: ")
     assert f"at line {line}" in result.stderr.decode()
 
 
@@ -346,12 +538,17 @@ def test_broken_toml_names_the_file_and_the_line(run, config, text, line):
     ('deployment.prod = "x"', "deployment.prod is not a table"),
     ("deployment.prod.base_url = 1", "deployment.prod.base_url is not text"),
     ("[deployment.prod]\napi_key = true", "deployment.prod.api_key is not text"),
+    ("[deployment.prod]\nstream = 1", "deployment.prod.stream is not true or false"),
+    ('[deployment.prod]\nstream = "yes"', "deployment.prod.stream is not true or false"),
+    ("[deployment.prod]\nendpoint = false", "deployment.prod.endpoint is not text"),
+    ('[deployment.prod]\nendpoint = "a/b"',
+     "deployment.prod.endpoint must be letters, digits, '.', '_' and '-', not 'a/b'"),
     ('current = "prod"\n[deployment.prod]\noutput = "xml"', "deployment.prod.output is not table or json"),
 ])
 def test_a_value_of_the_wrong_shape_is_named(run, config, text, message):
     path = config(text)
     result = run(*DRY, "--base-url", "https://api.example/v1")
-    assert result == (2, b"", f"xeroctl: {path}: {message}\n".encode())
+    assert result == (2, b"", f"xeroctl: error: {path}: {message}\n".encode())
 
 
 # -- The small TOML reader -------------------------------------------
@@ -407,7 +604,7 @@ def test_the_small_reader_refuses_loudly_what_it_cannot_read(xeroctl, text):
 def test_a_password_in_a_refused_url_is_not_repeated(run, url):
     result = run("chat", "--endpoint", "e", "-m", "hi", "--base-url", url)
     assert (result.status, result.stderr) == (
-        2, b"xeroctl: a base URL holds no user or password: use --api-key\n")
+        2, b"xeroctl: error: a base URL holds no user or password: use --api-key\n")
 
 
 def test_an_empty_query_is_refused(run):

@@ -7,9 +7,9 @@ getpass has its msvcrt.
 import io
 import os
 import runpy
-import shutil  # like subprocess it would look for a module of Windows
+import shutil  # noqa: F401 - like subprocess it would look for a module of Windows
 import signal
-import subprocess
+import subprocess  # noqa: F401
 import sys
 import types
 
