@@ -89,7 +89,7 @@ def pytest_addoption(parser):
     )
     parser.addoption("--variant", choices=sorted(VARIANTS), help="spawn the tool in another way")
     parser.addoption("--black-box", action="store_true", help="leave out tests that do not depend on --interpreter")
-    parser.addoption("--race-seconds", type=float, default=4, help="how long test_interrupts.py presses Ctrl+C")
+    parser.addoption("--race-seconds", type=float, default=3, help="how long test_interrupts.py presses Ctrl+C")
     parser.addoption("--part", metavar="K/N", help="run the Kth of N parts, which make up the whole")
 
 

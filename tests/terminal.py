@@ -14,6 +14,7 @@ import unicodedata
 from collections import namedtuple
 
 SHOWN_BYTES = 5000  # of a child's output, where a test fails
+REPEATED = re.compile(rb"([^\x1b]{3,40}?)\1{3,}")  # shown once
 Result = namedtuple("Result", "status stdout stderr")
 
 
@@ -28,6 +29,18 @@ def checked(result):
         shown = result.stderr[-SHOWN_BYTES:].decode(errors="replace")
         raise AssertionError(f"traceback, status {result.status}:\n{shown}")
     return result
+
+
+def wait_until(condition, timeout=10):
+    """Return the first true value of *condition*, a function that is called every few milliseconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"this did not come true within {timeout} s: {condition}")
+        select.select([], [], [], 0.005)
 
 
 def compiled(pattern):
@@ -124,7 +137,7 @@ class Child:
             raise AssertionError(f"the process did not end within {timeout} s{self._so_far()}") from None
 
     def _so_far(self):
-        shown = {name: bytes(data[-SHOWN_BYTES:]) for name, data in self.seen.items() if data}
+        shown = {name: REPEATED.sub(rb"\1...", bytes(data[-SHOWN_BYTES:])) for name, data in self.seen.items() if data}
         return "; seen so far:" + "".join(f"\n{name}: {data!r}" for name, data in shown.items())
 
 

@@ -9,12 +9,15 @@ import subprocess
 import threading
 import time
 import urllib.request
+from contextlib import ExitStack
 
 import pytest
 
 import loopback
+from conftest import TOP
+from driver import Driver
 from loopback import BEFORE_REQUEST, DONE, Call, Drip, Gate, Hold, Reset
-from terminal import Terminal, compiled, screen
+from terminal import Terminal, compiled, screen, wait_until
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -159,6 +162,70 @@ def test_a_built_response_is_valid_http(server):
     with opener.open(server.url, timeout=5) as reply:
         assert reply.headers.get_all("X-A") == ["1", "2"]
         assert '"content": "é"' in reply.read().decode()
+
+
+# -- Rules -----------------------------------------------------------
+
+
+def test_no_test_sleeps():
+    files = sorted(TOP.glob("tests/test_*.py"))
+    assert [file.name for file in files if "time.sleep" + "(" in file.read_text(encoding="utf-8")] == []
+    assert len(files) > 20
+
+
+def test_wait_until_waits_for_a_condition():
+    calls = []
+    assert wait_until(lambda: calls.append(1) or len(calls) == 3) and len(calls) == 3
+    with pytest.raises(AssertionError, match="did not come true within 0.01 s"):
+        wait_until(lambda: False, timeout=0.01)
+
+
+# -- The warm interpreter --------------------------------------------
+
+
+def show(*lines):
+    """Return a script that stands in for the tool in a Driver."""
+    return "import os, sys\n\n\ndef main():\n" + "".join(f"    {line}\n" for line in lines)
+
+
+@pytest.fixture
+def scripted(interpreter, tmp_path):
+    """Return a Driver whose tool is the function main of these lines."""
+    with ExitStack() as stack:
+        def scripted(*lines):
+            (tmp_path / "tool.py").write_text(show(*lines))
+            return stack.enter_context(Driver(interpreter, tmp_path / "tool.py", tmp_path))
+        yield scripted
+
+
+def test_a_run_has_its_own_arguments_input_environment_and_folder(scripted, tmp_path):
+    driver = scripted("print(sys.argv[1:], sys.stdin.read(), os.environ.get('A'), os.getcwd())", "os.environ['A'] = '3'", "return 4")
+    env = {**driver.env, "A": "1"}
+    shown = f"['x', 'é'] hi 1 {tmp_path}\n".encode()
+    assert [driver.run("x", "é", stdin=b"hi", env=env, cwd=str(tmp_path)) for _ in range(2)] == [(4, shown, b"")] * 2
+    assert driver.run(cwd="/") == (4, b"[]  None /\n", b"")
+
+
+def test_a_long_input_and_a_long_output_pass_each_other(scripted):
+    text = b"x" * 1000000
+    assert scripted("sys.stdout.write(sys.stdin.read())").run(stdin=text) == (0, text, b"")
+
+
+def test_a_run_that_died_of_a_signal_is_told_and_the_next_one_runs(scripted):
+    driver = scripted("if sys.argv[1:]: os.kill(os.getpid(), 15)")
+    assert [driver.run("x").status, driver.run().status] == [143, 0]
+
+
+@pytest.mark.parametrize("line", ["1 // 0", "import socket; socket.socket().fileno()"])
+def test_a_traceback_and_a_leak_are_refused(scripted, line):
+    with pytest.raises(AssertionError, match="Traceback"):
+        scripted(line, "return 0").run()
+
+
+def test_a_driver_runs_what_its_interpreter_does_not_look_at_when_it_starts(scripted):
+    driver = scripted("return 0")
+    assert driver.can_run({**driver.env, "HOME": "/x", "XEROTIER_CONTEXT": "a"})
+    assert not any(driver.can_run({**driver.env, name: "1"}) for name in ("LC_ALL", "LANG", "PYTHONPATH", "PYTHONUTF8"))
 
 
 # -- Spawning --------------------------------------------------------

@@ -119,7 +119,6 @@ def test_the_simulation_lacks_what_windows_lacks(interpreter, env, tmp_path):
 # -- One answer ------------------------------------------------------
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("args", [("--help",), ("chat", "--help"), ("--version",)], ids=" ".join)
 def test_help_and_version_are_those_of_every_system(run, interpreter, env, args):
     expected = subprocess.check_output([interpreter, str(XEROCTL), *args], env=env)
@@ -168,7 +167,7 @@ def test_json_on_a_console_is_json_whatever_the_code_page_lacks(terminal, server
 def test_an_error_on_a_console_has_what_its_code_page_has(terminal, server):
     server.script(json_response({"error": {"message": "né 日"}}, "400 Bad Request"))
     child = terminal(*options(server, "-m", "Hi"), stdout=subprocess.PIPE, env={"TERM": None})
-    assert (child.finish(), child.output) == (4, b"xeroctl: HTTP 400: n\xe9 ?\r\n")
+    assert (child.finish(), child.output) == (4, b"xeroctl: error: HTTP 400: n\xe9 ?\r\n")
 
 
 @pytest.mark.smoke
@@ -204,13 +203,13 @@ def test_each_kind_of_failure_has_its_status_and_its_line(start, server):
     server.always(json_response({"error": {"message": "né"}}, "400 Bad Request"))
     closed = ("chat", "--endpoint", "e", "-m", "Hi", "--retries", "0", "--base-url", "http://127.0.0.1:1/v1")
     cases = [
-        (options(server, "-m", "Hi"), 4, "xeroctl: HTTP 400: né\n"),
+        (options(server, "-m", "Hi"), 4, "xeroctl: error: HTTP 400: né\n"),
         (options(server, "-m", "Hi", "-o", "json"), 4, None),
-        (closed, 6, "xeroctl: 127.0.0.1:1 refused the connection: is the server running?\n"),
-        (options(server, "-m", " "), 2, "xeroctl: the message is empty\n"),
+        (closed, 6, "xeroctl: error: 127.0.0.1:1 refused the connection: is the server running?\n"),
+        (options(server, "-m", " "), 9, "xeroctl: error: the message is empty\n"),
         (("nonsense",), 2, None),
         (options(server, "-m", "Hi", "--from-file", "gone.txt"), 2,
-         "xeroctl: cannot read gone.txt: No such file or directory\n"),
+         "xeroctl: error: cannot read gone.txt: No such file or directory\n"),
     ]
     children = [start(*args) for args, _, _ in cases]
     for (args, status, line), child in zip(cases, children):
@@ -244,7 +243,7 @@ def test_a_chat_goes_over_pipes(run, server, tmp_path):
     result = run(*options(server, "-i"), stdin=lines.encode(), cwd=str(tmp_path))
     assert (result.status, result.stdout) == (2, "eins é\nzwei 😀\n".encode())
     assert re.sub(FOOTER, b"", result.stderr) == (
-        b"saved 2 messages to kept.json\nloaded 2 messages from kept.json\nxeroctl: /edit needs a terminal\n"
+        b"saved 2 messages to kept.json\nloaded 2 messages from kept.json\nxeroctl: error: /edit needs a terminal\n"
         b"tokens: 18 prompt, 6 completion; messages: 4\n")
     assert said(server, 2) == [("user", "one"), ("assistant", "eins é"), ("user", "two")]
 
@@ -289,7 +288,7 @@ def test_quit_ends_a_chat_at_a_console(talk):
 def test_an_editor_is_needed_and_notepad_is_the_usual_one(talk, server, tmp_path):
     child = talk(columns=200)
     child.send("/edit\r")
-    child.expect(re.compile(r"xeroctl: cannot run notepad: [^\r]*No such file[^\r]*: set VISUAL or EDITOR\r\n"))
+    child.expect(re.compile(r"error\S*: cannot run notepad: [^\r]*No such file[^\r]*: set VISUAL or EDITOR\r\n"))
     child.send("/quit\r")
     assert child.finish() == 0
 
@@ -331,7 +330,7 @@ def test_a_deployment_is_asked_for_at_a_console(terminal, server, env):
     server.script(json_response({"data": []}))
     child = terminal("config", "init", columns=200)
     replies = (("name [default]: ", ""), ("completions): ", server.url + "/v1"), ("none: ", "xero_aaaaaaaaaaaaaaaa"))
-    for question, reply in replies:
+    for question, reply in (*replies, ("endpoint [", "")):
         child.expect(question)
         child.send(reply + "\r")
     child.expect("added default to ")
