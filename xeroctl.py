@@ -252,19 +252,19 @@ FIELD_TYPES = dict.fromkeys(KEY_FIELDS + ("base_url", "endpoint", "output"), str
 FIELD_TYPES["stream"] = bool
 TYPE_WORDS = {str: "text", dict: "a table", bool: "true or false"}
 
-# The TOML that Pythons before 3.11 read with it: tables of strings, booleans and plain numbers.
+# The TOML that Pythons before 3.11 can read: tables of strings, booleans and plain numbers.
 _TOML_KEY = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
-_TOML_KEYS = r"%s(?:\s*\.\s*%s)*" % (_TOML_KEY, _TOML_KEY)
-_TOML_BLANK = r"\s*(?:#.*)?$"
-_TOML_HEADER = r"\s*\[\s*(%s)\s*\]%s" % (_TOML_KEYS, _TOML_BLANK)
-_TOML_PAIR = r"\s*(%s)\s*=\s*(.*)$" % _TOML_KEYS
-_TOML_STRING = r""""(?!"")(?:[^"\\]|\\.)*"|'(?!'')[^']*'"""
-_TOML_VALUE = r"(%s|true|false|[+-]?\d+(?:\.\d+)?)%s" % (_TOML_STRING, _TOML_BLANK)
+_TOML_KEYS = rf"({_TOML_KEY}(?:\s*\.\s*{_TOML_KEY})*)"
+_TOML_STRING = r"""(?:"(?!"")(?:[^"\\]|\\.)*"|'(?!'')[^']*')"""
+_TOML_VALUE = rf"({_TOML_STRING}|true|false|[+-]?\d+(?:\.\d+)?)"
+_TOML_LINE = rf"\s*(?:\[\s*{_TOML_KEYS}\s*\]|{_TOML_KEYS}\s*=\s*{_TOML_VALUE})?\s*(?:#.*)?$"
+# The comments and blank lines at the end of a table: up to the first blank line, and the rest.
+_TOML_TAIL = r"(?m)^((?:[ \t]*#.*\n)*[ \t\r]*\n)?((?:[ \t\r]*(?:#.*)?\n)*)\Z"
 
 def is_secret_name(name):
     """Return whether a header, body field or config field of this *name* may hold a secret."""
-    pattern = "(?i)auth|key|token|secret|password|credential|cookie"
-    return re.search(pattern, name) is not None
+    words = "(?i)auth|key|token|secret|password|credential|cookie"
+    return re.search(words, name) is not None
 
 def mask_key(key):
     """Return what may be shown of an API key: asterisks, and the last four of 16 or more."""
@@ -293,12 +293,8 @@ def _toml_value(text):
     return json.loads(text.lstrip("+"))
 
 def _toml_keys(text):
-    keys = []
-    for key in re.findall(_TOML_KEY, text):
-        if key[0] in "\"'":
-            key = _toml_value(key)
-        keys.append(key)
-    return keys
+    keys = re.findall(_TOML_KEY, text)
+    return [_toml_value(key) if key[0] in "\"'" else key for key in keys]
 
 def _toml_text(text):
     quoted = json.dumps(text, ensure_ascii=False)
@@ -311,36 +307,31 @@ def _nested_table(table, keys):
             raise ValueError
     return table
 
-def _read_toml_pair(table, name, rest):
-    value = re.match(_TOML_VALUE, rest)
-    *outer, key = _toml_keys(name)
-    target = _nested_table(table, outer)
-    if value is None or key in target:
-        raise ValueError
-    target[key] = _toml_value(value.group(1))
-
 def parse_toml_subset(text):
     """Return the tables of a TOML text of strings, booleans and plain numbers.
 
     Raise ValueError, with the number of the line, for everything else.
     """
     document = {}
-    table = document
-    headers = []
+    headers = [[]]
     for number, line in enumerate(text.split("\n"), 1):
-        header = re.match(_TOML_HEADER, line)
-        pair = re.match(_TOML_PAIR, line)
+        match = re.match(_TOML_LINE, line)
         try:
+            if not match:
+                raise ValueError
+            header, names, value = match.groups()
             if header:
-                keys = _toml_keys(header.group(1))
-                table = _nested_table(document, keys)
+                keys = _toml_keys(header)
+                _nested_table(document, keys)
                 if keys in headers:
                     raise ValueError
                 headers.append(keys)
-            elif pair:
-                _read_toml_pair(table, *pair.groups())
-            elif not re.match(_TOML_BLANK, line):
-                raise ValueError
+            elif names:
+                *outer, key = headers[-1] + _toml_keys(names)
+                table = _nested_table(document, outer)
+                if key in table:
+                    raise ValueError
+                table[key] = _toml_value(value)
         except ValueError as error:
             raise ValueError(f"cannot read this (at line {number})") from error
     return document
@@ -362,7 +353,7 @@ def parse_toml(text, path):
         raise UsageError(f"{path}: broken TOML: {reason}") from error
 
 def check_base_url(url):
-    """Return *url* without slashes at its end; raise UsageError where it is no base URL."""
+    """Return *url* without slashes at its end; raise UsageError where it is not a base URL."""
     from urllib.parse import urlsplit
 
     if re.match(r"[^/]*//[^/]*@", url):
@@ -372,34 +363,28 @@ def check_base_url(url):
         is_usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         is_usable = False
-    if not is_usable or "#" in url or not re.match(r"[!-~]+\Z", url):
-        raise UsageError(f"not a base URL: {quote_value(url)}: "
-                         "one is https://api.xerotier.ai/PROJECT/v1")
-    if "?" not in url:
-        return url.rstrip("/")
-    if not parts.query or not parts.path.endswith(CHAT_PATH):
-        raise UsageError(f"not a base URL: {url!r}: only an address that ends in {CHAT_PATH} "
-                         "may have a query")
-    return url
+    if is_usable and re.match(r'[!"$%&-~]+\Z', url):  # no #
+        if "?" not in url:
+            return url.rstrip("/")
+        if parts.query and parts.path.endswith(CHAT_PATH):
+            return url
+    raise UsageError(f"not a base URL: {quote_value(url)}: "
+                     "one is https://api.xerotier.ai/PROJECT/v1")
 
 def origin(url):
     """Return the scheme, host and port of *url* (RFC 6454): a stored key is bound to them."""
     from urllib.parse import urlsplit
 
     parts = urlsplit(url)
-    port = parts.port
-    if not port:
-        port = {"http": 80, "https": 443}.get(parts.scheme)
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     return parts.scheme, parts.hostname, port
 
 def same_origin(url, other):
-    """Return whether two URLs have one origin; what is missing or no base URL has none."""
+    """Return whether a URL has the same origin as the base URL *other*; None has no origin."""
     try:
-        check_base_url(url or "")
-        check_base_url(other or "")
-    except UsageError:
+        return origin(url or "") == origin(other)
+    except ValueError:  # a broken host or port
         return False
-    return origin(url) == origin(other)
 
 def is_loopback(host):
     """Return whether *host* is a name or an address of this machine alone (RFC 6761)."""
@@ -408,9 +393,8 @@ def is_loopback(host):
 
 def is_whole_address(base_url):
     """Return whether *base_url* is used as it stands, with no slug anywhere in it."""
-    address = base_url.partition("?")[0]
-    is_whole = address.rstrip("/").endswith(CHAT_PATH)
-    return is_whole and "{endpoint}" not in base_url
+    address = base_url.partition("?")[0].rstrip("/")
+    return address.endswith(CHAT_PATH) and "{endpoint}" not in address
 
 def plain_address(base_url):
     """Return the whole address that a server without slugs would have, or None if it is one."""
@@ -420,19 +404,26 @@ def plain_address(base_url):
         base_url += "/v1"
     return base_url + CHAT_PATH
 
-def check_endpoint(endpoint, base_url, source):
-    """Return *endpoint*; raise UsageError, naming its *source*, where it cannot be a slug.
+def is_endpoint(text, base_url):
+    """Return whether *text* can be the endpoint at *base_url*.
 
-    Where no path is built from it, it may be any name without control characters.
+    It is a slug; where no path is built from it, any name without control characters.
     """
+    pattern = r"\.*[A-Za-z0-9_-][A-Za-z0-9._-]*\Z"
     if is_whole_address(base_url):
-        is_valid = re.match(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+\Z", endpoint)
-    else:
-        is_valid = re.match(r"\.*[A-Za-z0-9_-][A-Za-z0-9._-]*\Z", endpoint)
-    if not is_valid:
-        raise UsageError(f"{source} must be letters, digits, '.', '_' and '-', "
-                         f"not {quote_value(endpoint)}")
-    return endpoint
+        pattern = r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+\Z"
+    return re.match(pattern, text) is not None
+
+def check_endpoint(endpoint, base_url, source):
+    """Return *endpoint*; raise UsageError, naming its *source*, where it cannot be one."""
+    if is_endpoint(endpoint, base_url):
+        return endpoint
+    sentence = (f"{source} must be letters, digits, '.', '_' and '-', "
+                f"not {quote_value(endpoint)}")
+    plain_url = plain_address(base_url)
+    if base_url and plain_url:
+        sentence += f": a server that takes any name has the base URL {plain_url}"
+    raise UsageError(sentence)
 
 def check_api_key(key):
     """Return *key*; raise UsageError, without showing it, where no header can hold it."""
@@ -447,44 +438,40 @@ def check_deployment_name(text):
                          f"not {quote_value(text)}")
     return text
 
-def _check_type(path, name, value, wanted):
-    if not isinstance(value, wanted):
-        raise UsageError(f"{path}: {name} is not {TYPE_WORDS[wanted]}")
-
 def parse_config(text, path):
     """Return the Config in the TOML *text* of the file *path*.
 
     Raise UsageError where it is broken, or where a value has the wrong type.
     """
+    def check_types(prefix, table, types):
+        for name, value in table.items():
+            wanted = types.get(name, object)
+            if not isinstance(value, wanted):
+                raise UsageError(f"{path}: {prefix}{name} is not {TYPE_WORDS[wanted]}")
+
     document = parse_toml(text, path)
-    current = document.get("current", "")
+    check_types("", document, {"current": str, "deployment": dict})
     deployments = document.get("deployment", {})
-    _check_type(path, "current", current, str)
-    _check_type(path, "deployment", deployments, dict)
-    for name, deployment in deployments.items():
-        label = f"deployment.{name}"
-        _check_type(path, label, deployment, dict)
-        for field, wanted in FIELD_TYPES.items():
-            if field in deployment:
-                _check_type(path, f"{label}.{field}", deployment[field], wanted)
-        endpoint = deployment.get("endpoint")
-        if endpoint:
-            base_url = deployment.get("base_url", "")
-            check_endpoint(endpoint, base_url, f"{path}: {label}.endpoint")
-    return Config(path, current or None, deployments, [])
+    check_types("deployment.", deployments, dict.fromkeys(deployments, dict))
+    for name, fields in deployments.items():
+        prefix = f"deployment.{name}."
+        check_types(prefix, fields, FIELD_TYPES)
+        if fields.get("endpoint"):
+            source = f"{path}: {prefix}endpoint"
+            check_endpoint(fields["endpoint"], fields.get("base_url", ""), source)
+    return Config(path, document.get("current") or None, deployments, [])
 
 def known_contexts(config):
-    """Return the names of the deployments of *config* in one line."""
+    """Return which deployments the file of *config* has, as the end of a sentence."""
     names = sorted(config.deployments)
-    return ", ".join(names) or "none"
+    return f"{config.path} has: " + (", ".join(names) or "none")
 
 def find_deployment(config, name):
     """Return the table of deployment *name*, empty for None; raise UsageError if unknown."""
     if name is None:
         return {}
     if name not in config.deployments:
-        raise UsageError(f"unknown context {quote_value(name)}: "
-                         f"{config.path} has: {known_contexts(config)}")
+        raise UsageError(f"unknown context {quote_value(name)}: {known_contexts(config)}")
     return config.deployments[name]
 
 def first_given(*candidates):
@@ -501,53 +488,35 @@ def kept_key(deployment):
             return field
     return None
 
-def _in_order(options, variable, stored):
-    """Return the two sources as they count: --context beats the environment."""
+def _places_by_rank(options, environ, deployment, stored):
+    """Return (base URL, its source, key, its source) of each place, by precedence.
+
+    Of a stored key it is the field that says where the key is.
+    """
+    option = (options.base_url, "--base-url",
+              options.api_key, "--api-key")
+    variable = (environ.get(ENV_BASE_URL), ENV_BASE_URL,
+                environ.get(ENV_API_KEY), ENV_API_KEY)
+    own = (deployment.get("base_url"), stored,
+           kept_key(deployment), stored)
+    openai = (environ.get(ENV_OPENAI_BASE_URL), ENV_OPENAI_BASE_URL,
+              environ.get(ENV_OPENAI_API_KEY), ENV_OPENAI_API_KEY)
     if options.context:
-        return stored, variable
-    return variable, stored
+        return [option, own, variable, openai]
+    return [option, variable, own, openai]
 
-def _find_base_url(options, environ, deployment, stored):
-    variable = environ.get(ENV_BASE_URL), ENV_BASE_URL
-    own = deployment.get("base_url"), stored
-    ordered = _in_order(options, variable, own)
-    url, source = first_given((options.base_url, "--base-url"), *ordered)
-    if url:
-        return check_base_url(url), source
-    url = environ.get(ENV_OPENAI_BASE_URL)
-    if not url:
-        return None, None
-    url = check_base_url(url)
-    if not is_whole_address(url):
-        url += CHAT_PATH
-    return url, ENV_OPENAI_BASE_URL
-
-def _takes_variable_key(environ, base_url, source):
-    """Return whether XEROTIER_API_KEY may go to *base_url*: a URL beside it claims that key."""
-    if source == "--base-url":
+def _may_send(key_source, home, base_url, base_url_source):
+    """Return whether a key that is kept beside the base URL *home* may go to *base_url*."""
+    if key_source == "--api-key" or (key_source, base_url_source) == (ENV_API_KEY, "--base-url"):
         return True
-    if source == ENV_OPENAI_BASE_URL:
-        return False
-    variable_url = environ.get(ENV_BASE_URL)
-    return not variable_url or same_origin(variable_url, base_url)
-
-def _find_api_key(options, environ, deployment, stored, base_url, base_url_source):
-    """Return the key and its source; of a stored key, what says where it is."""
-    nowhere = None, None
-    variable = own = openai = nowhere
-    if _takes_variable_key(environ, base_url, base_url_source):
-        variable = environ.get(ENV_API_KEY), ENV_API_KEY
-    if same_origin(deployment.get("base_url"), base_url):
-        own = kept_key(deployment), stored
-    if same_origin(environ.get(ENV_OPENAI_BASE_URL), base_url):
-        openai = environ.get(ENV_OPENAI_API_KEY), ENV_OPENAI_API_KEY
-    ordered = _in_order(options, variable, own)
-    return first_given((options.api_key, "--api-key"), *ordered, openai)
+    if key_source == ENV_API_KEY and not home:
+        return base_url_source != ENV_OPENAI_BASE_URL
+    return same_origin(home, base_url)
 
 def _missing_base_url(config, context):
     if config.deployments and not context:
         return UsageError(
-            f"no context is chosen: {config.path} has: {known_contexts(config)}: "
+            f"no context is chosen: {known_contexts(config)}: "
             "give --context CONTEXT, or choose with: xeroctl config use CONTEXT")
     return UsageError(
         f"no base URL: set it up with: xeroctl config init, or set {ENV_BASE_URL} "
@@ -556,7 +525,7 @@ def _missing_base_url(config, context):
 def _key_notes(api_key, base_url, environ, deployment, context):
     scheme, host, _ = origin(base_url)
     if api_key and scheme == "http" and not is_loopback(host):
-        return [f"the API key goes to {host} over plain http, for all on the way to read"]
+        return [f"the API key goes to {host} unencrypted, over plain http"]
     if api_key:
         return []
     if kept_key(deployment):
@@ -573,9 +542,13 @@ def resolve_settings(options, environ, config, fetch_key):
     context = options.context or environ.get(ENV_CONTEXT) or config.current
     deployment = find_deployment(config, context)
     stored = f"deployment {context} in {config.path}"
-    base_url, base_url_source = _find_base_url(options, environ, deployment, stored)
+    places = _places_by_rank(options, environ, deployment, stored)
+    base_url, base_url_source = first_given(*[place[:2] for place in places])
     if not base_url:
         raise _missing_base_url(config, context)
+    base_url = check_base_url(base_url)
+    if base_url_source == ENV_OPENAI_BASE_URL and not is_whole_address(base_url):
+        base_url += CHAT_PATH
 
     own = {}  # fields that count only with the deployment's own base URL
     if deployment.get("base_url", "").rstrip("/") == base_url:
@@ -594,12 +567,11 @@ def resolve_settings(options, environ, config, fetch_key):
         raise UsageError(f"{config.path}: deployment.{context}.output is not table or json")
     if output == "table":
         output = "text"
-    retries = options.retries
-    if retries is None:
-        retries = DEFAULT_RETRIES
+    retries = DEFAULT_RETRIES if options.retries is None else options.retries
 
-    api_key, api_key_source = _find_api_key(
-        options, environ, deployment, stored, base_url, base_url_source)
+    keys = [(key, source) for home, _, key, source in places
+            if _may_send(source, home, base_url, base_url_source)]
+    api_key, api_key_source = first_given(*keys)
     if api_key and api_key_source == stored:
         api_key = deployment.get("api_key") or fetch_key(deployment)
     api_key = check_api_key(api_key or "") or None
@@ -610,154 +582,78 @@ def resolve_settings(options, environ, config, fetch_key):
         endpoint, base_url, api_key, list(options.header), output, stream, options.timeout,
         options.connect_timeout, retries, options.cacert, options.dry_run, notes, sources)
 
-# An edit works on blocks, (header, lines) pairs: the keys of a table, and its lines.  The header
-# is None above the first table, and [] for a table that is none of ours.
+# An edit works on blocks, [keys, text] pairs of a table each. The first block is what comes before
+# the first table; its keys are [], as are those of a header that we cannot read.
 
-def _parse_header(line):
-    header = re.match(_TOML_HEADER, line)
-    if header:
-        try:
-            return _toml_keys(header.group(1))
-        except ValueError:  # TOML has escapes that JSON lacks
-            return []
-    if line.lstrip().startswith("[["):
-        return []
-    return None
-
-def split_blocks(text):
-    """Return the blocks of a TOML *text*; the first one has the lines above the first table."""
-    blocks = [(None, [])]
-    lines = text.split("\n")
-    if not lines[-1]:
-        lines.pop()
-    for line in lines:
-        header = _parse_header(line)
-        if header is not None:
-            blocks.append((header, []))
-        blocks[-1][1].append(line)
+def _split_blocks(text):
+    blocks = [[[], ""]]
+    for line in re.findall(".*\n", text):
+        if line.lstrip().startswith("["):
+            keys = []
+            match = re.match(_TOML_LINE, line)
+            if match:
+                with contextlib.suppress(ValueError):  # TOML has escapes that JSON lacks
+                    keys = _toml_keys(match.group(1))
+            blocks.append([keys, ""])
+        blocks[-1][1] += line
     return blocks
 
-def _content_end(lines):
-    """Return the index after the last of *lines* that is no comment and not blank."""
-    end = len(lines)
-    while end and re.match(_TOML_BLANK, lines[end - 1]):
-        end -= 1
-    return end
-
-def _kept_comments(lines, is_last):
-    """Return the comments at the end of the removed table *lines* that belong to what follows."""
-    comments = lines[_content_end(lines):]
-    if not is_last and all(map(str.strip, comments)):
-        return comments
-    after_blank = itertools.dropwhile(str.strip, comments)
-    return list(after_blank)[1:]
-
-def remove_table(blocks, keys):
+def _remove_table(blocks, keys):
     """Return *blocks* without the table *keys* and the tables in it.
 
     Comments after a blank line, or directly above the next table, are kept.
     """
     kept = []
-    removed = []  # lines of the table just above, if that is removed
-    for header, lines in blocks:
-        if header and header[:len(keys)] == keys:
-            removed = lines
-            continue
-        if removed:
-            kept[-1][1].extend(_kept_comments(removed, False))
-        removed = []
-        kept.append((header, lines))
-    if removed:
-        last_lines = kept[-1][1]
-        last_lines.extend(_kept_comments(removed, True))
-        if last_lines and not last_lines[-1].strip():
-            last_lines.pop()
+    comments = ""  # of the table just above, if that is removed
+    for header, text in blocks:
+        if header[:len(keys)] == keys:
+            comments = re.search(_TOML_TAIL, text).group(2)
+        else:
+            kept.append([header, comments + text])
+            comments = ""
+    kept[-1][1] += comments
     return kept
 
-def _find_value(lines, key):
-    """Return the index of the line that sets *key*, and where the value is in it, or None."""
-    for index, line in enumerate(lines):
-        pair = re.match(_TOML_PAIR, line)
-        if pair and pair.group(1) == key:
-            value = re.match(_TOML_VALUE, pair.group(2))
-            if value:
-                start = pair.start(2)
-                return index, start, start + value.end(1)
-        if index and line.lstrip().startswith("["):  # a line of an array
-            return None
-    return None
+def _set_value(text, name, value, new_at):
+    """Return *text* with *name* set to the text *value*, at *new_at* if new; None removes it.
 
-def set_value(lines, key, value, new_index):
-    """Set *key* to the text *value* in *lines*, remove it for None; add a line at *new_index*."""
-    found = _find_value(lines, key)
-    if found:
-        index, start, end = found
-        line = lines.pop(index)
-        if value is not None:
-            lines.insert(index, line[:start] + _toml_text(value) + line[end:])
-    elif value is not None:
-        lines.insert(new_index, f"{key} = {_toml_text(value)}")
+    A blank line sets off what is in the first line.
+    """
+    start = end = new_at
+    line = f"{name} = {_toml_text(value)}\n"
+    match = re.search(rf"(?m)^([ \t]*{name}[ \t]*=[ \t]*){_TOML_STRING}(.*\n)", text)
+    if match:
+        start, end = match.span()
+        line = match.group(1) + _toml_text(value) + match.group(2)
+    after = text[end:]
+    blank = re.match(r"[ \t\r]*\n", after)
+    if value is None:
+        line = ""
+        if start == 0 and blank:
+            after = after[blank.end():]
+    elif end == 0 and not blank:
+        line += "\n"
+    return text[:start] + line + after
 
-def set_current(blocks, name):
-    """Set current, or remove it for None; a blank line sets it off at the top of the file."""
-    lines = blocks[0][1]
-    found = _find_value(lines, "current")
-    first_line = "".join((lines + blocks[-1][1])[:1])
-    set_value(lines, "current", name, 0)
-    if not found and first_line.strip():
-        lines.insert(1, "")
-    if found and found[0] == 0 and name is None and lines and not lines[0].strip():
-        del lines[0]
+def _find_table(blocks, name):
+    """Return the block of the deployment *name*, added at the end if it is missing."""
+    keys = ["deployment", name]
+    for block in blocks:
+        if block[0] == keys:
+            return block
+    if not re.match(r"[A-Za-z0-9_-]+\Z", name):
+        name = _toml_text(name)
+    blocks.append([keys, f"[deployment.{name}]\n"])
+    return blocks[-1]
 
-def _find_table(blocks, keys):
-    for header, lines in blocks:
-        if header == keys:
-            return lines
-    return None
-
-def add_table(blocks, keys):
-    """Add the table *keys* at the end of *blocks*, after a blank line; return its lines."""
-    last_lines = blocks[-1][1]
-    if last_lines and last_lines[-1].strip():
-        last_lines.append("")
-    names = []
-    for key in keys:
-        if not re.match(_TOML_KEY + r"\Z", key):
-            key = _toml_text(key)
-        names.append(key)
-    lines = ["[" + ".".join(names) + "]"]
-    blocks.append((keys, lines))
-    return lines
-
-def change_table(blocks, keys, old, new):
-    """Change the table *keys* of *blocks* from the fields *old* to *new*, in texts alone."""
-    for name in dict(old, **new):
-        value = new.get(name)
-        if value != old.get(name):
-            lines = _find_table(blocks, keys) or add_table(blocks, keys)
-            set_value(lines, name, value, _content_end(lines))
-
-def _join_blocks(blocks, old_text):
-    """Return the text of *blocks*, its last line as open as it was in *old_text*."""
-    lines = []
-    for _, block_lines in blocks:
-        lines.extend(block_lines)
-    text = "\n".join(lines)
-    open_line = old_text.rpartition("\n")[2]
-    stays_open = open_line and lines and lines[-1] == open_line
-    if stays_open or not lines:
-        return text
-    return text + "\n"
-
-def _has_meaning(text, path, wanted):
-    try:
-        document = parse_toml(text, path)
-    except UsageError:
-        return False
-    document["current"] = document.get("current") or None
-    document.setdefault("deployment", {})
+def _check_meaning(text, path, wanted):
+    """Raise UsageError where the TOML *text* does not mean the document *wanted*."""
+    found = None
+    with contextlib.suppress(UsageError):
+        found = dict({"current": "", "deployment": {}}, **parse_toml(text, path))
     as_text = json.JSONEncoder(sort_keys=True, default=repr).encode  # nan equals nan in it
-    return as_text(document) == as_text(wanted)
+    if as_text(found) != as_text(wanted):
+        raise UsageError(f"{path} is written in a way that only an editor can change")
 
 def edit_config(text, path, current, deployments):
     """Return the TOML *text* of the file *path* with this *current* and these *deployments*.
@@ -765,25 +661,42 @@ def edit_config(text, path, current, deployments):
     All lines that say anything else stay as they are.  Raise UsageError where the text is
     written in a way that does not allow it.
     """
-    config = parse_config(text, path)
-    wanted = dict(parse_toml(text, path), current=current, deployment=deployments)
-    has_crlf = text.count("\r\n") == text.count("\n") > 0
-    if has_crlf:
-        text = text.replace("\r\n", "\n")
-    blocks = split_blocks(text)
-    for name in config.deployments:
-        if name not in deployments:
-            blocks = remove_table(blocks, ["deployment", name])
+    document = parse_toml(text, path)
+    old_deployments = document.get("deployment", {})
+    newline = "\n"
+    if text.count("\r\n") == text.count("\n") > 0:
+        newline = "\r\n"
+    text = text.replace(newline, "\n")
+    # During the edit the last table ends like any other: in a blank line.
+    open_line = text.rpartition("\n")[2]
+    if open_line:
+        text += "\n"
+    is_padded = re.search(r"\S[ \t\r]*\n\Z", text)
+    if is_padded:
+        text += "\n"
+
+    blocks = _split_blocks(text)
+    for name in old_deployments.keys() - deployments.keys():
+        blocks = _remove_table(blocks, ["deployment", name])
     for name, deployment in deployments.items():
-        old = config.deployments.get(name, {})
-        change_table(blocks, ["deployment", name], old, deployment)
-    if current != config.current:
-        set_current(blocks, current)
-    edited = _join_blocks(blocks, text)
-    if has_crlf:
-        edited = edited.replace("\n", "\r\n")
-    if not _has_meaning(edited, path, wanted):
-        raise UsageError(f"{path} is written in a way that only an editor can change")
+        old = old_deployments.get(name, {})
+        for field in dict(old, **deployment):
+            value = deployment.get(field)
+            if value != old.get(field):
+                block = _find_table(blocks, name)
+                end = re.search(_TOML_TAIL, block[1]).start()
+                block[1] = _set_value(block[1], field, value, end)
+    if current != (document.get("current") or None):
+        blocks[0][1] = _set_value(blocks[0][1], "current", current, 0)
+
+    edited = "".join(block_text for _, block_text in blocks)
+    if is_padded and edited.endswith("\n\n"):
+        edited = edited[:-1]
+    if open_line and edited.endswith(open_line + "\n"):
+        edited = edited[:-1]
+    edited = edited.replace("\n", newline)
+    wanted = dict(document, current=current or "", deployment=deployments)
+    _check_meaning(edited, path, wanted)
     return edited
 # -- Wire -------------------------------------------------------------------------------------
 
@@ -791,40 +704,31 @@ class WireError(Exception):
     """The bytes are not an HTTP/1.1 response; the message says why."""
 
 class IncompleteError(WireError):
-    """The connection was closed in the middle of a head or a body."""
+    """A head or a body ends too early, or its framing is broken."""
 
 _END_OF_HEAD = re.compile(br"\n\r?\n")
 _STATUS_LINE = re.compile(r"HTTP/1\.(\d) +([1-9]\d\d)(?: +(.*))?\Z", re.DOTALL)
-_NO_BODY = (204, 304)
-_TLS_RECORD = (b"\x15\x03", b"\x16\x03")
-_SHOWN_BYTES = 20  # of an answer that is not HTTP
+_TLS_RECORDS = (b"\x15\x03", b"\x16\x03")
 
 def parse_head(data):
-    """Return the ResponseHead that the bytes *data* are; raise WireError where they are none.
-
-    A line without a colon is ignored.  A line that begins with a blank continues the one before.
-    """
-    lines = [line.rstrip("\r") for line in data.decode("latin-1").rstrip("\r\n").split("\n")]
+    """Return the ResponseHead that the bytes *data* are; raise WireError where they are none."""
+    text = data.decode("latin-1").rstrip("\r\n")
+    text = re.sub(r"\r?\n[ \t]+", " ", text)  # RFC 9112, 5.2: a header over several lines
+    lines = [line.rstrip("\r") for line in text.split("\n")]
     status_line = _STATUS_LINE.match(lines[0].rstrip())
     if not status_line:
         raise WireError(f"the first line of its answer is {lines[0][:100]!r}")
-    unfolded = []
-    for line in lines[1:]:
-        if line[:1] in (" ", "\t") and unfolded:
-            unfolded[-1] += " " + line.strip()
-        else:
-            unfolded.append(line)
     headers = {}
-    for line in unfolded:
-        name, colon, value = line.partition(":")
+    for line in lines[1:]:
+        name, _, value = line.partition(":")
         name = name.strip().lower()
-        if not name or not colon:
-            continue
         value = value.strip()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    version = "1.0" if status_line.group(1) == "0" else "1.1"
-    status = int(status_line.group(2))
-    return ResponseHead(version, status, status_line.group(3) or "", headers, [lines[0]] + unfolded)
+        if name in headers:
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    minor, status, reason = status_line.groups()
+    version = "1.0" if minor == "0" else "1.1"
+    return ResponseHead(version, int(status), reason or "", headers, lines)
 
 class ResponseDecoder:
     """Decode one HTTP/1.1 response (RFC 9112) from bytes that come cut anywhere.
@@ -839,16 +743,16 @@ class ResponseDecoder:
     def __init__(self, method="GET"):
         self.head = None
         self.complete = False
-        self.keeps_open = False
+        self.keeps_open = False  # another request can follow on the connection
         self.unread = b""
         self._method = method
         self._received = bytearray()  # of the head
-        self._interim_bytes = 0
+        self._head_bytes = 0  # of interim responses
         self._take = self._take_until_close
         self._missing = 0  # bytes of the body, or of the chunk
         self._frame = b"\r\n"  # unfinished bytes between chunks, with the line end before them
-        self._failure = None  # raised by the next call
         self._inflater = None
+        self._failure = None  # raised by the next call
 
     def feed(self, data):
         """Return the bytes of the body that *data* brought, their content coding undone.
@@ -877,73 +781,65 @@ class ResponseDecoder:
         """
         if self._failure:
             raise self._failure
-        if self.complete:
-            return
         may_end = self._take in (self._take_until_close, self._take_trailer)
-        if self.head is None or not may_end:
-            raise IncompleteError("the connection was closed")
-        self.complete = True
+        if self.complete or self.head and may_end:
+            self.complete = True
+            return
+        raise IncompleteError("the connection was closed")
 
     def _take_head(self, data):
-        """Take *data* as a part of the head; return what follows the head once that is whole."""
         start = max(0, len(self._received) - 3)
         self._received += data
         while True:
             self._check_beginning()
             end = _END_OF_HEAD.search(self._received, start)
             if not end:
-                if self._interim_bytes + len(self._received) > MAX_HEAD_BYTES:
-                    raise WireError(f"the head of its answer is over {MAX_HEAD_BYTES >> 20} MiB")
-                return b""
+                break
             head = parse_head(bytes(self._received[:end.end()]))
             del self._received[:end.end()]
             if head.status >= 200 or head.status == 101:
-                break
-            self._interim_bytes += end.end()
+                self.head = head
+                self._choose_framing()
+                return bytes(self._received)
+            self._head_bytes += end.end()
             start = 0
-        self.head = head
-        self._choose_framing()
-        rest = bytes(self._received)
-        self._received = None
-        return rest
+        if self._head_bytes + len(self._received) > MAX_HEAD_BYTES:
+            raise WireError(f"the head of its answer is over {MAX_HEAD_BYTES >> 20} MiB")
+        return b""
 
     def _check_beginning(self):
-        """Raise WireError as soon as the bytes received cannot become a head."""
-        beginning = bytes(self._received[:7])
-        if beginning == b"HTTP/1."[:len(beginning)]:
-            return
-        if beginning[:2] in _TLS_RECORD:
+        beginning = bytes(self._received[:20])
+        if beginning[:2] in _TLS_RECORDS:
             raise WireError("it speaks TLS: try https://")
-        shown = bytes(self._received[:_SHOWN_BYTES]).decode("latin-1")
-        raise WireError(f"its answer begins with {shown!r}")
+        if not b"HTTP/1.".startswith(beginning[:7]):
+            raise WireError(f"its answer begins with {beginning.decode('latin-1')!r}")
 
-    def _choose_framing(self):
-        """Choose how the end of the body is found (RFC 9112, 6.3)."""
-        status, headers = self.head.status, self.head.headers
-        tunnel = self._method == "CONNECT" and 200 <= status <= 299
+    def _choose_framing(self):  # RFC 9112, 6.3
+        status = self.head.status
+        headers = self.head.headers
         length = re.match(r"([0-9]+)\s*(,|\Z)", headers.get("content-length", ""))
-        codings = headers.get("transfer-encoding", "").lower().split(",")
-        if tunnel or status in _NO_BODY or status == 101 or self._method == "HEAD":
+        transfer_coding = headers.get("transfer-encoding", "").lower()
+        content_coding = headers.get("content-encoding", "").lower()
+        is_tunnel = self._method == "CONNECT" and status <= 299
+        if is_tunnel or status in (101, 204, 304) or self._method == "HEAD":
             self._take = self._take_length
-        elif codings[-1].strip() == "chunked":
+        elif re.search(r"(^|[, \t])chunked$", transfer_coding):
             self._take = self._take_chunks
         elif length:
             self._take = self._take_length
             self._missing = int(length.group(1)[:20])  # int refuses thousands of digits
-        if headers.get("content-encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
+        if content_coding in ("gzip", "x-gzip", "deflate"):
             import zlib
 
             self._inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
 
     def _end(self, rest):
-        """Note that the body is whole, and that *rest* comes after it."""
         connection = self.head.headers.get("connection", "").lower()
         self.complete = True
         self.unread = rest
+        self.keeps_open = "close" not in connection
         if self.head.version == "1.0":
             self.keeps_open = "keep-alive" in connection
-        else:
-            self.keeps_open = "close" not in connection and self.head.status != 101
 
     def _take_until_close(self, data):
         return data
@@ -969,34 +865,35 @@ class ResponseDecoder:
             end = data.find(b"\n", at + 2)
             if end < 0:
                 self._frame = data[at:]
-                if len(self._frame) > READ_BYTES:
-                    self._failure = IncompleteError("a chunk of its answer has no size")
                 break
             try:
                 size = int(data[at:end], 16)
             except ValueError:
                 size = self._parse_size(data[at:end])
-            if size < 0:
-                self._failure = IncompleteError("a chunk of its answer has no size")
-                break
-            if not size:
-                self._take = self._take_trailer
-                self._take_trailer(data[end:])
+            if size <= 0:
+                self._end_chunks(size, data[end:])
                 break
             at = end + 1 + size
             pieces.append(data[end + 1:at])
         self._missing = max(0, at - available)
+        if len(self._frame) > READ_BYTES:
+            self._end_chunks(-1, b"")
         return b"".join(pieces)
 
     def _parse_size(self, line):
-        """Return the size in a *line* with an extension, or -1 for none."""
         try:
-            return int(line.partition(b";")[0], 16)
+            return int(line.partition(b";")[0], 16)  # an extension follows the size
         except ValueError:
             return -1
 
+    def _end_chunks(self, size, data):
+        if size < 0:
+            self._failure = IncompleteError("a chunk of its answer has no size")
+        else:
+            self._take = self._take_trailer
+            self._take_trailer(data)
+
     def _take_trailer(self, data):
-        """Ignore the lines after the last chunk, to the blank one."""
         self._frame += data
         end = _END_OF_HEAD.search(self._frame)
         if end:
@@ -1016,18 +913,15 @@ class ResponseDecoder:
             self.complete = False
             return b""
 
-_FIELDS = ("data", "event", "id", "retry")
-
 class EventDecoder:
     """Decode a stream of server-sent events (WHATWG HTML, 9.2.6) that comes cut anywhere.
 
-    Lines that are no field of that standard are kept in *stray*, a list of texts, one for each
-    block between blank lines: some servers write a bare JSON text there.  Take them out of it.
+    Some servers write bare JSON between the events.  So an Event with an empty name stands for
+    the lines of a block, between blank lines, that are no field of that standard.
     """
 
     def __init__(self):
-        self.stray = []
-        self._unfinished = []  # pieces of a line whose end has not come
+        self._unfinished = [b""]  # pieces of a line whose end has not come
         self._after_cr = False  # the last bytes ended in CR: an LF that follows belongs to it
         self._at_beginning = True
         self._name = ""
@@ -1037,17 +931,15 @@ class EventDecoder:
 
     def feed(self, data):
         """Return the Events that *data* completes; raise ServerError where one has no end."""
-        if self._after_cr and data:
-            self._after_cr = False
-            if data.startswith(b"\n"):
-                data = data[1:]
-        if not data:
+        if self._after_cr and data.startswith(b"\n"):
+            data = data[1:]
+        elif not data:
             return []
+        self._after_cr = data.endswith(b"\r")
         self._size += len(data)
         if self._size > MAX_EVENT_BYTES:
             raise ServerError(f"the stream has an event of over {MAX_EVENT_BYTES >> 20} MiB")
         if b"\r" in data:
-            self._after_cr = data.endswith(b"\r")
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         end = data.rfind(b"\n") + 1
         if not end:
@@ -1058,41 +950,31 @@ class EventDecoder:
         self._unfinished = [data[end:]]
         if self._at_beginning:
             self._at_beginning = False
-            if text.startswith("\ufeff"):  # a byte-order mark
-                text = text[1:]
+            text = re.sub(r"\A\ufeff", "", text)  # a byte-order mark
         return self._take_lines(text)
 
     def finish(self):
-        """Take note of the end: an event that is not ended is dropped, a stray block is kept."""
+        """Return the Event of stray lines at the end; another one that is not ended is dropped."""
         line = b"".join(self._unfinished).decode("utf-8", "replace")
-        self._unfinished = []
-        if line:
-            self._take_line(line)
-        self._end_stray()
+        self._take_line(line)
+        self._data = []
+        return self._end_block()
 
     def _take_lines(self, text):
-        """Return the Events that the lines of *text* complete."""
         if text.startswith("data: ") and text.endswith("\n\n"):
             # The usual case, a hundred events of one line at once, is worth no loop.
             texts = text[6:-2].split("\n\ndata: ")
-            if text.count("\n") == 2 * len(texts) and not self._in_block():
+            in_block = self._data or self._name or self._stray_lines
+            if text.count("\n") == 2 * len(texts) and not in_block:
                 self._size = len(self._unfinished[0])
                 return [Event("message", data) for data in texts]
         events = []
         for line in text[:-1].split("\n"):
             if line:
                 self._take_line(line)
-                continue
-            if self._data:
-                events.append(Event(self._name or "message", "\n".join(self._data)))
-            self._end_stray()
-            self._name = ""
-            self._data = []
-            self._size = len(self._unfinished[0])
+            else:
+                events += self._end_block()
         return events
-
-    def _in_block(self):
-        return bool(self._data or self._name or self._stray_lines)
 
     def _take_line(self, line):
         name, _, value = line.partition(":")
@@ -1102,13 +984,21 @@ class EventDecoder:
             self._data.append(value)
         elif name == "event":
             self._name = value
-        elif name and name not in _FIELDS:
+        elif name not in ("id", "retry", ""):
             self._stray_lines.append(line)
 
-    def _end_stray(self):
+    def _end_block(self):
+        events = []
         if self._stray_lines:
-            self.stray.append("\n".join(self._stray_lines))
-            self._stray_lines = []
+            events.append(Event("", "\n".join(self._stray_lines)))
+        if self._data:
+            events.append(Event(self._name or "message", "\n".join(self._data)))
+        self._name = ""
+        self._data = []
+        self._stray_lines = []
+        self._size = len(self._unfinished[0])
+        return events
+
 # -- Protocol ---------------------------------------------------------------------------------
 
 BODY_OPTIONS = ("max_tokens", "temperature", "top_p", "frequency_penalty", "presence_penalty",
@@ -1116,7 +1006,7 @@ BODY_OPTIONS = ("max_tokens", "temperature", "top_p", "frequency_penalty", "pres
 HERE_DOCUMENT_BYTES = 100 * 1000  # a longer body does not fit into a command line
 MAX_HELD_CHOICES = 4
 MAX_REASON_CHARACTERS = 100
-MAX_ERROR_NAME_CHARACTERS = 60  # a longer text in `error` is a sentence
+MAX_ERROR_NAME_CHARACTERS = 60
 THINK_START = "<think>"
 THINK_END = "</think>"
 
@@ -1216,10 +1106,8 @@ def build_sampling(options):
 
 def token_limit(sampling):
     """Return the limit of tokens that *sampling* sets, or None."""
-    limit = sampling.fields.get("max_tokens")
-    if limit is None:
-        limit = sampling.fields.get("max_completion_tokens")
-    return limit
+    fields = sampling.fields
+    return fields.get("max_tokens") or fields.get("max_completion_tokens")
 
 def _encode_body(body):
     # UTF-8 as it stands, so that a lone surrogate cannot hide in an escape.
@@ -1232,16 +1120,18 @@ def build_request(method, url, settings, body=None, headers=()):
     """
     streamed = bool(body and body.get("stream"))
     accept = "text/event-stream" if streamed else "application/json"
-    common = [("Accept", accept), ("User-Agent", "xeroctl/" + __version__)]
+    ours = [("Accept", accept), ("User-Agent", "xeroctl/" + __version__)]
     data = None
     if body is not None:
         data = _encode_body(body)
-        common.append(("Content-Type", "application/json"))
+        ours.append(("Content-Type", "application/json"))
     if settings.api_key:
-        common.append(("Authorization", "Bearer " + settings.api_key))
-    given = {name.lower() for name, _ in settings.headers}
-    kept = [pair for pair in common + list(headers) if pair[0].lower() not in given]
-    return Request(method, url, kept + list(settings.headers), data, streamed)
+        ours.append(("Authorization", "Bearer " + settings.api_key))
+    ours += headers
+    given = list(settings.headers)
+    names = {name.lower() for name, _ in given}
+    kept = [(name, value) for name, value in ours if name.lower() not in names]
+    return Request(method, url, kept + given, data, streamed)
 
 def build_chat_request(sampling, settings, messages, stream):
     """Return the Request for the completion of *messages*."""
@@ -1323,41 +1213,35 @@ def content_text(message):
         return "".join(get_field(part, "text", str) or "" for part in content)
     return content or ""
 
-def _reasoning_text(message):
-    return (get_field(message, "reasoning_content", str)
-            or get_field(message, "reasoning", str) or "")
-
 def _parse_count(document, name):
     count = get_field(document, name, (int, float))
-    if isinstance(count, float) and count.is_integer():
-        count = int(count)
-    if isinstance(count, float) or count is None or abs(count) > MAX_NUMBER:
+    if count is None or count % 1 != 0 or abs(count) > MAX_NUMBER:
         return None
-    return count
+    return int(count)
 
 def parse_usage(usage):
     """Return the Usage that the object *usage* of a reply or chunk tells; floats may be whole."""
     prompt = get_field(usage, "prompt_tokens_details", dict)
     completion = get_field(usage, "completion_tokens_details", dict)
-    return Usage(_parse_count(usage, "prompt_tokens"), _parse_count(usage, "completion_tokens"),
-                 _parse_count(usage, "total_tokens"), _parse_count(prompt, "cached_tokens"),
-                 _parse_count(completion, "reasoning_tokens"))
+    return Usage(
+        _parse_count(usage, "prompt_tokens"),
+        _parse_count(usage, "completion_tokens"),
+        _parse_count(usage, "total_tokens"),
+        _parse_count(prompt, "cached_tokens"),
+        _parse_count(completion, "reasoning_tokens"),
+    )
 
-def _merge_usage(old, new):
+def merge_usage(old, new):
     """Return *new* with what it does not tell from *old*: a later chunk takes nothing back."""
     if old is None:
         return new
-    counts = [before if after is None else after for before, after in zip(old, new)]
-    return Usage(*counts)
+    return Usage(*[before if after is None else after for before, after in zip(old, new)])
 
 def join_surrogates(text):
     """Return *text* with surrogate pairs joined and lone surrogates replaced by U+FFFD."""
     if not re.search("[\ud800-\udfff]", text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-def _ends_in_high_surrogate(text):
-    return "\ud800" <= text[-1:] <= "\udbff"
 
 class ThoughtSplitter:
     """Tell <think>...</think> at the head of an answer from the rest, however the text is cut."""
@@ -1396,21 +1280,381 @@ class ThoughtSplitter:
             return self._held, ""
         return "", self._held
 
-def extract_code_block(text):
-    """Return the content of the first fenced code block of *text*, or None (CommonMark, 4.5).
+_CODE_BLOCK = re.compile(r"(?ms)^([ \t]*)(```+|~~~+)[^`\n]*$\n?(.*?)"
+                         r"(?:^[ \t]*\2[`~]*[ \t]*$|\Z)")
+
+def find_code_blocks(text):
+    """Return the contents of the fenced code blocks of *text* (CommonMark, 4.5).
 
     A block that is not closed reaches to the end.
     """
-    block = re.search(r"(?ms)^([ \t]*)(```+|~~~+)[^`\n]*$\n?(.*?)(?:^[ \t]*\2[`~]*[ \t]*$|\Z)", text)
-    if not block:
-        return None
-    indent = len(block.group(1))
-    content = re.sub("(?m)^[ \t]{0,%d}" % indent, "", block.group(3))
-    if content.endswith("\n"):
-        content = content[:-1]
-    return content
+    contents = []
+    for block in _CODE_BLOCK.finditer(text):
+        indent, _, content = block.groups()
+        content = re.sub("(?m)^[ \t]{0,%d}" % len(indent), "", content)
+        if content.endswith("\n"):
+            content = content[:-1]
+        contents.append(content)
+    return contents
 
-# The answer: from bytes to Chunks, and from Chunks to a Reply
+def extract_code_block(text):
+    """Return the content of the first fenced code block of *text*, or None."""
+    contents = find_code_blocks(text)
+    return contents[0] if contents else None
+
+# Errors, whatever their shape
+
+# Names in small letters without other characters, the best first.
+_ERROR_FIELDS = ("error", "detail", "message", "msg", "errormessage", "errormsg", "errmsg",
+                 "errordescription", "statusmsg", "baseresp", "faultstring", "fault", "errors")
+_WEAK_ERROR_FIELDS = ("reason", "description", "title")  # do not make a document an error
+_STATUS_FIELDS = ("code", "status", "status_code", "statusCode", "error_code")
+_CODE_FIELDS = ("code", "type", "status", "status_code", "error_code", "__type")
+_STATUS_WORDS = (  # of codes and types, for errors that come with HTTP 200
+    (429, "rate.?limit|too.?many|quota|throttl"),
+    (401, "api.?key|authenticat|unauthori[sz]ed|invalid.?token"),
+    (403, "permission|forbidden|access.?denied|scope_"),
+    (404, "not.?found"),
+    (503, "overload|unavailable|server.?error|internal|time.?out|capacity"),
+    (400, "invalid.?request|bad.?request|context.?length|validation|invalid_"),
+)
+_QUOTA_USED_UP = re.compile("(?i)insufficient.?(quota|balance|credit|fund)|quota.?exceeded|"
+                            "exceeded.?current.?quota|billing|credit.?balance")
+_PLAIN_HTTP = re.compile("(?i)plain HTTP (request|to an SSL)|HTTP request (was sent )?to an HTTPS")
+
+def _normalised(document):
+    return {re.sub("[^a-z]", "", name.lower()): value for name, value in document.items()}
+
+def _page_title(text):
+    import html
+
+    title = re.search(r"(?is)<(title|message)\b[^>]*>(.*?)</\1>", text)
+    if not title:
+        return ""
+    return html.unescape(title.group(2)).strip()
+
+def _unpacked(text):
+    """Return what an error's *text* holds: a JSON document, the title of a page, or itself."""
+    packed = re.match(r"\s*(?:data: *|error: *)?([{\[].*)", text, re.DOTALL)
+    try:
+        if packed:
+            return _JSON.raw_decode(packed.group(1))[0]
+    except (ValueError, RecursionError):
+        return text
+    if text.startswith("<"):
+        return _page_title(text) or text
+    return text
+
+def error_sentence(document, depth=6):
+    """Return what an error *document* of any known shape says, or an empty text."""
+    if isinstance(document, str):
+        unpacked = _unpacked(document)
+        if isinstance(unpacked, str):
+            return unpacked
+        return error_sentence(unpacked, depth - 1) or document
+    if depth <= 0:
+        return ""
+    if isinstance(document, list):
+        sentences = [error_sentence(item, depth - 1) for item in document]
+        return "; ".join(filter(None, sentences))
+    if not isinstance(document, dict):
+        return ""
+    fields = _normalised(document)
+    sentences = []
+    for name in _ERROR_FIELDS + _WEAK_ERROR_FIELDS:
+        sentence = error_sentence(fields.get(name), depth - 1)
+        if not sentence or sentence in sentences:
+            continue
+        sentences.append(sentence)
+        if name != "error" or isinstance(fields[name], dict):  # a text may be a mere name
+            break
+    sentence = ": ".join(sentences)
+    raw = error_sentence(get_field(fields.get("metadata"), "raw", (str, dict)), depth - 1)
+    if raw and raw not in sentence:  # OpenRouter's: the words of the provider behind it
+        sentence = f"{sentence.rstrip('.')}: {raw}"
+    provider = get_field(fields.get("metadata"), "provider_name", str)
+    if sentence and provider:
+        sentence += f" (provider {provider})"
+    where = get_field(document, "loc", list)  # FastAPI's: the path of the field it refuses
+    if where and sentence:
+        path = ".".join(str(part) for part in where if isinstance(part, (str, int)))
+        sentence = f"{path}: {sentence}"
+    return sentence
+
+def _failed_choice(document):  # as OpenRouter reports an error
+    for choice in get_field(document, "choices", list) or ():
+        if isinstance(choice, dict) and choice.get("error"):
+            return choice
+    return None
+
+def has_error(document):
+    """Return whether *document*, which came with HTTP 200, calls itself an error."""
+    if not isinstance(document, dict):
+        return False
+    base = get_field(document, "base_resp", dict)  # MiniMax's, also in good replies
+    if document.get("object") == "error" or document.get("success") is False:
+        return True
+    return bool(get_field(document, "error", (str, dict)) or get_field(base, "status_code", int))
+
+def is_error(document):
+    """Return whether *document*, which came with HTTP 200 for a completion, is an error."""
+    if not isinstance(document, dict) or document.get("error"):
+        return True
+    if document.get("choices"):
+        return _failed_choice(document) is not None
+    if has_error(document):
+        return True
+    fields = _normalised(document)
+    fields.pop("baseresp", None)
+    if fields.get("detail") or fields.get("errors") or fields.get("fault"):
+        return True
+    return any(get_field(fields, name, str) for name in _ERROR_FIELDS)
+
+def _facts_of(document):
+    """Return the fields of an error *document* and of the object in it, one beside the other."""
+    facts = {}
+    parts = [document]
+    for name in ("error", "errors", "base_resp"):
+        part = get_field(document, name, (dict, list))
+        parts += part[:1] if isinstance(part, list) else [part]
+    for part in parts:
+        if isinstance(part, dict):
+            facts.update(part)
+    return facts
+
+def _error_code(facts, status):
+    for name in _CODE_FIELDS:
+        code = get_field(facts, name, (str, int))
+        if code and str(code) not in (str(status), "None"):  # Python servers print a missing one
+            return str(code)
+    return ""
+
+def _names_in(facts):
+    names = []
+    for name in _CODE_FIELDS + ("error_type", "error"):
+        text = get_field(facts, name, str) or ""
+        names.append(text[:MAX_ERROR_NAME_CHARACTERS])
+    return " ".join(names)
+
+def _effective_status(facts, status):
+    """Return the HTTP status of an error's class: in a reply of 2xx its own number or names."""
+    if not 200 <= status <= 299:
+        return status
+    for field in _STATUS_FIELDS:
+        claimed = str(get_field(facts, field, (int, str)))
+        if re.match(r"[45]\d\d\Z", claimed):
+            return int(claimed)
+    for effective, pattern in _STATUS_WORDS:
+        if re.search(pattern, _names_in(facts), re.IGNORECASE):
+            return effective
+    return status
+
+def retry_after_seconds(headers, facts):
+    """Return the seconds that a response asks us to wait (RFC 9110, 10.2.3), or None.
+
+    The date form counts from the response's own Date, so that our clock need not be right.
+    """
+    from email.utils import mktime_tz, parsedate_tz
+
+    value = headers.get("retry-after", "")
+    number = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:,|\Z)")
+    milliseconds = number.match(headers.get("retry-after-ms", ""))
+    whole = number.match(value)
+    if milliseconds:
+        seconds = float(milliseconds.group(1)) / 1000
+    elif whole:
+        seconds = float(whole.group(1))
+    else:
+        seconds = get_field(facts, "retry_after", (int, float))
+        with contextlib.suppress(Exception):  # no dates, or odd ones: old Pythons break on them
+            begin = mktime_tz(parsedate_tz(headers.get("date")))
+            seconds = mktime_tz(parsedate_tz(value)) - begin
+    if seconds is None:
+        return None
+    return max(0, min(seconds, MAX_NUMBER))
+
+def is_retryable_status(status):
+    """Return whether a failure with this HTTP status may pass."""
+    return status in (408, 409, 429) or 500 <= status <= 599
+
+def is_retryable_now(error):
+    """Return whether another try may help, and the server does not ask for a long wait first."""
+    return error.retryable and (error.retry_after or 0) <= MAX_RETRY_DELAY_SECONDS
+
+def _asks_for_chat(context):
+    return context.method == "POST" and context.url.partition("?")[0].endswith(CHAT_PATH)
+
+def _advice_for_missing(context):
+    advice = "check the base URL"
+    if context.plain_url:
+        advice = f"check --endpoint and the base URL: without slugs it is {context.plain_url}"
+    if _asks_for_chat(context):
+        return advice
+    missing = "stored completions, or not this one"
+    if context.url.endswith("/models"):
+        missing = "list of models"
+    if not context.plain_url:
+        return f"this server has no {missing}"
+    return f"this server has no {missing}, or {advice}"
+
+def _advice(effective, context, retry_after, is_quota, is_json):
+    if is_quota:
+        return "waiting does not help: check the plan and the credit"
+    if retry_after and retry_after > MAX_RETRY_DELAY_SECONDS:
+        return f"the server asks to wait {round(retry_after)} s"
+    if effective == 401 and not context.secrets:
+        return f"set {ENV_API_KEY} or give --api-key"
+    if effective == 403 and not is_json:
+        return "a proxy or firewall on the way may have answered"
+    if effective == 404 or effective == 405 and not _asks_for_chat(context):
+        return _advice_for_missing(context)
+    return {
+        401: "check the API key",
+        403: "this key may not do that: check its scopes",
+        407: "the proxy wants a user and password: put them into its URL",
+        429: "wait, or raise --retries",
+    }.get(effective)
+
+def _body_text(document):
+    if isinstance(document, str):
+        return document
+    try:
+        return json_text(document)
+    except XeroctlError:
+        return ""
+
+def _has_unknown_words(document):
+    if not isinstance(document, dict) or document.get("choices"):
+        return False
+    if not isinstance(document.get("error", []), (list, dict)):
+        return False
+    return any(value not in (None, "", [], {}) for value in document.values())
+
+def _error_class(status):
+    if status in (401, 403):
+        return AuthError
+    if status == 429:
+        return RateLimitError
+    if 400 <= status <= 499:
+        return RefusedError
+    return ServerError
+
+def _error_place(context, code, request_id):
+    names = code
+    if request_id:
+        names = f"{code}, request {request_id}".lstrip(", ")
+    if names:
+        names = f" ({names})"
+    if 200 <= context.status <= 299:
+        return "error in the reply" + names
+    place = f"HTTP {context.status}{names}"
+    if context.status == 404:
+        place += " at " + redact(context.url, context.secrets)
+    return place + context.via
+
+def build_error(document, context, is_json=True):
+    """Return the error that *document* describes: parsed JSON, or a text for anything else.
+
+    With HTTP 200 the document's own number or names say what class of error it is.  *is_json*
+    says that the server itself wrote it, not a proxy with a page of its own.
+    """
+    body = redact(_body_text(document), context.secrets)
+    if isinstance(document, list) and len(document) == 1:  # as Gemini sends it
+        document = document[0]
+    if not get_field(document, "error", (str, dict)):
+        document = _failed_choice(document) or document
+    facts = _facts_of(document)
+    effective = _effective_status(facts, context.status)
+    retry_after = retry_after_seconds(context.headers, facts)
+    is_quota = effective in (402, 429) and bool(_QUOTA_USED_UP.search(_names_in(facts)))
+    advice = _advice(effective, context, retry_after, is_quota, is_json)
+    sentence = error_sentence(document)
+    if not sentence and _has_unknown_words(document):
+        sentence = body
+    if context.url.startswith("http:") and _PLAIN_HTTP.search(sentence):
+        advice = "begin the base URL with https://"
+    sentence = " ".join(redact(sentence, context.secrets).split())[:MAX_ERROR_CHARACTERS]
+    if advice:
+        sentence = sentence.rstrip(".")
+    code = redact(_error_code(facts, effective), context.secrets)
+    request_id = redact(context.headers.get("x-request-id", ""), context.secrets)
+    place = _error_place(context, code, request_id)
+    error = _error_class(effective)(": ".join(filter(None, [place, sentence, advice])))
+    if not 200 <= context.status <= 299:
+        error.status = context.status
+    error.code = code or None
+    error.request_id = request_id or None
+    error.retryable = is_retryable_status(effective) and not is_quota
+    error.retry_after = retry_after
+    error.body = body
+    return error
+
+def parse_error(data, context):
+    """Return the error that a response with an HTTP status of failure and body *data* is."""
+    body = data.decode("utf-8", "replace").strip().lstrip("\ufeff")
+    text = body
+    if 300 <= context.status <= 399:
+        target = context.headers.get("location")
+        text = "redirects are not followed"
+        if target and _asks_for_chat(context):
+            text += f": if you trust {target}, make it the base URL"
+        elif target:
+            text += f" (to {target})"
+    is_json = not text
+    try:
+        document = parse_json(text)
+        is_json = True
+    except ValueError:
+        document = text
+        if text.startswith("<"):
+            title = _page_title(text)
+            document = "the answer is an HTML page" + (title and ": " + title)
+    error = build_error(document, context, is_json)
+    error.body = redact(body, context.secrets)
+    return error
+
+def parse_reply(data, context):
+    """Return the JSON document that *data* is; raise ServerError where it is none or an error.
+
+    For a completion is_error tells more: a list, or a document with a message, is no error here.
+    """
+    try:
+        document = parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
+        what = "not JSON"
+        if data.lstrip().startswith(b"<"):
+            what = "an HTML page"
+        elif not data:
+            what = "empty"
+        message = f"the reply{context.via} is {what}: check the base URL"
+        raise ServerError(message) from error
+    if has_error(document):
+        raise build_error(document, context)
+    return document
+
+def retry_delay(attempt, retry_after, jitter):
+    """Return the seconds to wait before try number *attempt* + 1; *jitter* is from 0 to 1.
+
+    The server's word counts, up to a limit; else the wait doubles from half a second, less up to
+    a quarter of it, so that a crowd of clients does not come back at once.
+    """
+    if retry_after is None:
+        retry_after = 0.5 * 2 ** min(attempt - 1, 10) * (1 - jitter / 4)
+    return min(retry_after, MAX_RETRY_DELAY_SECONDS)
+
+def list_items(document, what):
+    """Return the objects in the list that *document* is or holds; null counts as an empty list.
+
+    Raise ServerError, which names *what*, where it holds no list.
+    """
+    items = document
+    if isinstance(document, dict) and "data" in document:
+        items = document["data"] or []
+    if not isinstance(items, list):
+        raise ServerError(f"the reply holds no list of {what}")
+    return [item for item in items if isinstance(item, dict)]
+
+# Answers: from bytes to Chunks, and from Chunks to a Reply
 
 class _ChunkBuilder:
     """Add up the documents of one read to a Chunk.
@@ -1420,13 +1664,12 @@ class _ChunkBuilder:
     """
 
     def __init__(self):
-        self.finish_reason = None
-        self.has_message = False  # a whole message came: it needs no finish reason
+        self.has_end = False  # a finish reason came, or a whole message
         self._choice_index = None  # of the choice that is the answer, once that is known
+        self._has_begun = False
         self._held = []  # choices of another index, until choice 0 comes or is not expected
         self._given = bytearray()  # the text, in UTF-8: 100,000 small strings would weigh 6 MB
         self._pending_surrogate = ""
-        self._has_id = self._has_model = False
         self._begin()
 
     def _begin(self):
@@ -1442,15 +1685,13 @@ class _ChunkBuilder:
         """Add a chunk or reply of whatever shape, and its JSON text."""
         self._documents.append(document)
         self._sources.append(source)
-        if not self._has_id:
+        if not self._id:
             self._id = get_field(document, "id", str) or None
-            self._has_id = self._id is not None
-        if not self._has_model:
+        if not self._model:
             self._model = get_field(document, "model", str) or None
-            self._has_model = self._model is not None
-        if document.get("usage"):
-            usage = get_field(document, "usage", dict)
-            self._usage = _merge_usage(self._usage, parse_usage(usage))
+        usage = document.get("usage")
+        if usage:
+            self._usage = merge_usage(self._usage, parse_usage(usage))
         choices = document.get("choices")
         if choices and isinstance(choices, list):
             self._add_choices(choices)
@@ -1478,14 +1719,13 @@ class _ChunkBuilder:
         held = self._held
         self._held = []
         for choice in held:
-            index = choice.get("index")
-            if self._choice_index is None:
-                self._choice_index = index
-            if index == self._choice_index:
+            if self._choice_index in (None, choice["index"]):
+                self._choice_index = choice["index"]
                 self._add_choice(choice)
 
     def _add_choice(self, choice):
         delta = choice.get("delta")
+        message = choice.get("message")
         text = thought = ""
         if isinstance(delta, dict):
             text = delta.get("content")
@@ -1493,34 +1733,32 @@ class _ChunkBuilder:
                 text = content_text(delta)
             if not text or len(delta) > 1:
                 thought = self._add_other_fields(delta)
-        message = choice.get("message")
         if message and not text:
             text = self._rest_of_message(content_text(message))
-            thought = thought or self._add_other_fields(message)
-            self.has_message = self.has_message or delta is None
+            if not self._has_begun:
+                thought = self._add_other_fields(message)
+            self.has_end = self.has_end or delta is None
         if text:
             self._texts.append(text)
         if text or thought:
             self._deltas += 1
+        self._has_begun = bool(self._has_begun or text or thought or self._tool_calls)
         reason = choice.get("finish_reason")
         if reason and isinstance(reason, str):
-            self._reason = self.finish_reason = reason
+            self._reason = reason
+            self.has_end = True
 
     def _add_other_fields(self, message):
-        """Add what stands beside the content of a message or delta; return its reasoning."""
-        thought = _reasoning_text(message)
+        thought = (get_field(message, "reasoning_content", str)
+                   or get_field(message, "reasoning", str))
         if thought:
             self._thoughts.append(thought)
-        calls = list(get_field(message, "tool_calls", list) or ())
-        if get_field(message, "function_call", dict):  # the older form
-            calls.append({"function": message["function_call"]})
-        for call in calls:
+        for call in get_field(message, "tool_calls", list) or ():
             if get_field(call, "function", dict) or get_field(call, "id", str):
                 self._tool_calls.append(call)
         return thought
 
     def _rest_of_message(self, text):
-        """Return what the *text* of a whole message adds to what was given."""
         given = self._given.decode("utf-8") + join_surrogates("".join(self._texts))
         if text.startswith(given):
             return text[len(given):]
@@ -1532,7 +1770,7 @@ class _ChunkBuilder:
             return None
         text = self._pending_surrogate + "".join(self._texts)
         self._pending_surrogate = ""
-        if _ends_in_high_surrogate(text) and not self.finish_reason:
+        if "\ud800" <= text[-1:] <= "\udbff" and not self.has_end:
             self._pending_surrogate = text[-1]
             text = text[:-1]
         text = join_surrogates(text)
@@ -1553,10 +1791,9 @@ class AnswerDecoder:
 
     The states, in the order in which they are passed:
 
-        undecided      blanks came at most: what it is shows in the type and the first other byte
-        stream         events, and bare JSON where servers put it between them
-        document       one JSON text, parsed at its end
-        ended          after [DONE], or with *error* set: nothing more need be read
+        undecided          only blanks came; the type and the first other byte say what it is
+        stream, document   events, and bare JSON between them; or one JSON text
+        ended              after [DONE], or with *error* set: nothing more need be read
 
     *error* is the XeroctlError found in what was fed, to be raised after its Chunk was used.
     """
@@ -1564,13 +1801,14 @@ class AnswerDecoder:
     def __init__(self, streamed, head, context):
         self.ended = False
         self.error = None
-        self._streamed = streamed
         self._context = context
-        self._has_no_body = head.status == 204
-        self._type = head.headers.get("content-type", "").lower()
+        content_type = head.headers.get("content-type", "").lower()
+        self._is_labelled = "event-stream" in content_type
+        self._is_stream = self._is_labelled or streamed and "json" not in content_type
+        self._is_stream = self._is_stream and head.status != 204
+        self._events = None  # EventDecoder, once it is known to be a stream
         self._received = bytearray()  # while undecided, and of a document
-        self._events = None  # EventDecoder of a stream
-        self._is_document = False
+        self._first = b""  # byte that is no blank
         self._builder = _ChunkBuilder()
 
     def feed(self, data, at):
@@ -1579,255 +1817,137 @@ class AnswerDecoder:
             return None
         if self._events is None:
             self._received += data
-            if len(self._received) > MAX_REPLY_BYTES:
-                self._fail(ServerError(f"the reply is over {MAX_REPLY_BYTES >> 20} MiB"))
-            if not self._is_document:
-                self._decide()
+            self._decide()
             if self._events is None:
                 return None
             data = bytes(self._received)
-            self._received = bytearray()
-        return self._feed_stream(data, at)
+        try:
+            self._take_events(self._events.feed(data))
+        except XeroctlError as error:
+            self._fail(error)
+        if self.ended:
+            return self._builder.finish(at)
+        return self._builder.build(at)
 
     def finish(self, at):
         """Return the last Chunk, or None; set *error* where the end or the answer is missing."""
         if self.ended:
             return None
-        self.ended = True
-        is_stream = "event-stream" in self._type or self._streamed and "json" not in self._type
         if self._events:
-            self._events.finish()
-            self._take_stray()
-        elif self._is_document or self._has_no_body or not is_stream:
-            self._parse_document()
+            self._take_events(self._events.finish())
+        elif not self._is_stream:
+            self._take_document()
         chunk = self._builder.finish(at)
-        has_end = self._builder.finish_reason or self._builder.has_message
-        if is_stream and not self._is_document and not has_end:
+        if self._is_stream and not self._builder.has_end:
             self._fail(CutShortError("the reply was cut short: the stream ended before its end",
                                      retryable=True))
+        self.ended = True
         return chunk
 
     def _decide(self):
-        """Decide whether it is a stream, once a byte that is no blank came."""
-        first = self._received.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-        if not first:
+        if len(self._received) > MAX_REPLY_BYTES:
+            self._fail(ServerError(f"the reply is over {MAX_REPLY_BYTES >> 20} MiB"))
+        if self._first:
             return
-        looks_whole = "json" in self._type or first in (b"{", b"[", b"<") or not self._streamed
-        if "event-stream" in self._type or not looks_whole:
+        self._first = self._received.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        if self._first in (b"{", b"[", b"<") and not self._is_labelled:
+            self._is_stream = False
+        if self._first and self._is_stream:
             self._events = EventDecoder()
-        else:
-            self._is_document = True
-
-    def _feed_stream(self, data, at):
-        try:
-            events = self._events.feed(data)
-            self._take_events(events)
-        except XeroctlError as error:
-            self._fail(error)
-        if self._events.stray:
-            self._take_stray()
-        if self.ended:
-            return self._builder.finish(at)
-        return self._builder.build(at)
 
     def _take_events(self, events):
-        """Add the documents of *events*; all of a read are parsed as one where that goes well."""
+        """Add the documents of *events*: those of objects in a row are parsed at once."""
         texts = []
         for name, data in events:
-            if name == "message" and data[:1] == "{":
+            if self.ended:
+                return
+            if name == "message" and data.startswith("{"):
                 texts.append(data)
                 continue
             self._add_texts(texts)
             texts = []
-            if not self.ended:
-                self._take_odd_event(name, data.strip())
-            if self.ended:
-                return
+            self._take_other_event(name, data.strip())
         self._add_texts(texts)
 
-    def _take_odd_event(self, name, data):
-        """Take an event that has a name, or whose data is no object."""
+    def _take_other_event(self, name, data):
         if name == "message":
             if data.strip('"').lower() == "[done]":
                 self.ended = True
             elif data:
                 self._add_texts([data])
-            return
-        try:
-            document = parse_json(data)
-        except ValueError:
-            document = data
-        if name == "error":
-            if not get_field(document, "error", (str, dict)):
+        elif not name:
+            self._take_stray(data)
+        else:
+            try:
+                document = parse_json(data)
+            except ValueError:
+                document = data
+            if name == "error" and not get_field(document, "error", (str, dict)):
                 document = {"error": document or "no reason given"}
+            if name == "error" or get_field(document, "choices", list):
+                self._add_documents([document], [None])
+
+    def _take_stray(self, text):
+        """Take bare JSON between the events, and lines such as `error: {...}`."""
+        if text.startswith("error:"):
+            self._take_other_event("error", text[6:].strip())
+        while text[:1] in ("{", "[") and not self.ended:
+            try:
+                document, end = _JSON.raw_decode(text)
+            except (ValueError, RecursionError):
+                return
             self._add_documents([document], [None])
-        elif get_field(document, "choices", list):
-            self._add_documents([document], [data])
+            text = text[end:].strip()
+        if re.match(r"(?i)data: *\[done\]", text):
+            self.ended = True
 
     def _add_texts(self, texts):
-        """Add the JSON documents *texts*."""
-        if not texts or self.ended:
-            return
+        """Add the JSON documents *texts*: parsed as one where that goes well, else one by one."""
         joined = ",".join(texts)
         try:
             documents = _JSON.decode(f"[{joined}]")
         except (ValueError, RecursionError):
             documents = ()
-        sources = texts
-        if "NaN" in joined or "Infinity" in joined or "\n" in joined:
-            sources = [None] * len(texts)
         if len(documents) == len(texts):
-            self._add_documents(documents, sources)
+            if "NaN" in joined or "Infinity" in joined or "\n" in joined:
+                texts = [None] * len(texts)
+            self._add_documents(documents, texts)
             return
         for text in texts:
             try:
-                document = parse_json(text)
-            except ValueError as error:
-                failure = ServerError("the stream holds something that is not JSON", body=text)
-                failure.__cause__ = error
-                self._fail(failure)
+                document = parse_json(text.strip())
+            except ValueError:
+                self._fail(ServerError("the stream holds something that is not JSON", body=text))
                 return
             self._add_documents([document], [None])
 
     def _add_documents(self, documents, sources):
         """Add *documents* up to the first that is an error; empty texts and null are skipped."""
         for document, source in zip(documents, sources):
+            if self.ended:
+                return
             if not is_error(document):
                 self._builder.add(document, source)
             elif document not in (None, "", []):
                 self._fail(build_error(document, self._context))
-                return
 
-    def _take_stray(self):
-        """Take the bare JSON that stands in the stream, and lines such as `error: {...}`."""
-        blocks = self._events.stray
-        self._events.stray = []
-        for block in blocks:
-            block = block.lstrip()
-            if block.startswith("error:"):
-                self._take_odd_event("error", block[6:].strip())
-            while block[:1] in ("{", "[") and not self.error:
-                try:
-                    document, end = _JSON.raw_decode(block)
-                except (ValueError, RecursionError):
-                    break
-                self._add_documents([document], [None])
-                block = block[end:].strip()
-            if re.match(r"(?i)data: *\[done\]", block):
-                self.ended = True
-
-    def _parse_document(self):
-        """Add the one document that was received; set *error* where it is none."""
+    def _take_document(self):
         try:
             document = parse_reply(bytes(self._received), self._context)
             if is_error(document):
                 raise build_error(document, self._context)
+            self._builder.add(document, None)
         except XeroctlError as error:
             self._fail(error)
-        else:
-            self._builder.add(document, None)
 
     def _fail(self, error):
         self.error = self.error or error
         self.ended = True
 
-def parse_reply(data, context):
-    """Return the JSON document that *data* is; raise ServerError where it is none or an error.
-
-    For a completion is_error tells more: a list, or a document with a message, is no error here.
-    """
-    try:
-        document = parse_json(data.decode("utf-8-sig"))
-    except ValueError as error:
-        what = "not JSON"
-        if data.lstrip().startswith(b"<"):
-            what = "an HTML page"
-        elif not data:
-            what = "empty"
-        message = f"the reply{context.via} is {what}: check the base URL"
-        raise ServerError(message) from error
-    if has_error(document):
-        raise build_error(document, context)
-    return document
-
-class Reply:
-    """An answer, added up from Chunks: what arrived, also of a try that failed in the middle."""
-
-    def __init__(self, max_tokens=None):
-        self.max_tokens = max_tokens  # the limit that the request set
-        self.finish_reason = None
-        self.usage = parse_usage(None)
-        self.id = self.model = None
-        self.deltas = 0  # events with text or reasoning in them
-        self.tool_calls = []  # names of the functions that the model asked for
-        self.started = False  # a token came
-        self.first_at = self.last_at = None  # monotonic times of text or reasoning
-        self.seconds = self.first_seconds = None  # of the try that answered, set by who shows it
-        self._has_reasoning_field = False
-        self._raw_text = bytearray()  # UTF-8: a list of 100,000 small strings would weigh 6 MB
-
-    def add(self, chunk):
-        """Take in one Chunk."""
-        self.id = self.id or chunk.id
-        self.model = self.model or chunk.model
-        self.finish_reason = chunk.finish_reason or self.finish_reason
-        if chunk.usage:
-            self.usage = _merge_usage(self.usage, chunk.usage)
-        for call in chunk.tool_calls:
-            name = get_field(get_field(call, "function", dict), "name", str)
-            if name or not self.tool_calls:
-                self.tool_calls.append(name or "")
-        self._raw_text += chunk.text.encode("utf-8")
-        self._has_reasoning_field = self._has_reasoning_field or bool(chunk.reasoning)
-        if chunk.deltas:
-            self.deltas += chunk.deltas
-            self.last_at = chunk.at
-            if self.first_at is None:
-                self.first_at = chunk.at
-        self.started = self.started or bool(chunk.deltas or chunk.tool_calls)
-
-    @property
-    def raw_text(self):
-        """The text that arrived so far, as the server sent it."""
-        return self._raw_text.decode("utf-8")
-
-    @property
-    def text(self):
-        """The answer that arrived so far, without <think>...</think> at its head."""
-        splitter = ThoughtSplitter()
-        thought, answer = splitter.feed(self.raw_text)
-        answer += splitter.finish()[1]
-        if thought:
-            return answer.lstrip()
-        return answer
-
-    @property
-    def has_reasoning(self):
-        """Whether reasoning came, in fields of its own or in the text."""
-        return self._has_reasoning_field or self.raw_text.lstrip().startswith(THINK_START)
-
-    def check_answer(self):
-        """Raise CutShortError where the server says that it failed, ServerError for no answer."""
-        kind = _reason_kind(self.finish_reason)
-        if kind == "failed":
-            raise CutShortError("the reply was cut short: the server failed"
-                                + _reason_in_brackets(self.finish_reason), retryable=True)
-        if self.tool_calls or kind == "tool" or self.text.strip():
-            return
-        if not self.deltas and kind == "none":
-            raise ServerError("the reply holds no answer")
-        message = "the answer is empty"
-        if self.has_reasoning:
-            message += ": only reasoning came"
-        if kind in _WARNINGS:
-            message += _reason_in_brackets(self.finish_reason)
-        raise ServerError(message)
-
 _REASON_KINDS = (  # the first that matches counts; what none matches is unknown
     ("end", r"(stop|eos|eos_token|end_turn|stop_sequence)\Z"),
     ("tool", r"(tool_calls?|tool_use|function_call)\Z"),
-    ("failed", r"(error|abort|cancell?ed|timeout|failed)|.*(network|server|internal)_error|"
-               r"insufficient_system_resource"),
+    ("failed", r"error|abort|cancel|timeout|failed|insufficient_system_resource|.*_error"),
     ("withheld", r".*(filter|safety|recitation|refus|block|prohibit|spii|sensitive|moderat)"),
     ("cut", r".*(length|max|token)"),
 )
@@ -1846,15 +1966,88 @@ def _reason_kind(reason):
             return kind
     return "unknown"
 
-def _reason_in_brackets(reason):
-    return f" (finish reason {reason[:MAX_REASON_CHARACTERS]})"
+class Reply:
+    """An answer, added up from Chunks: what arrived, also of a try that failed in the middle."""
+
+    def __init__(self, max_tokens=None):
+        self.max_tokens = max_tokens  # the limit that the request set
+        self.finish_reason = None
+        self.usage = parse_usage(None)
+        self.id = self.model = None
+        self.deltas = 0  # events with text or reasoning in them
+        self.tool_calls = []  # names of the functions that the model asked for
+        self.first_at = self.last_at = None  # monotonic times of text or reasoning
+        self.seconds = self.first_seconds = None  # of the try that answered, set by who shows it
+        self._has_reasoning_field = False
+        self._raw_text = bytearray()  # UTF-8: a list of 100,000 small strings would weigh 6 MB
+
+    def add(self, chunk):
+        """Take in one Chunk."""
+        self.id = self.id or chunk.id
+        self.model = self.model or chunk.model
+        self.finish_reason = chunk.finish_reason or self.finish_reason
+        if chunk.usage:
+            self.usage = merge_usage(self.usage, chunk.usage)
+        for call in chunk.tool_calls:
+            name = get_field(get_field(call, "function", dict), "name", str)
+            if name or not self.tool_calls:
+                self.tool_calls.append(name or "")
+        self._raw_text += chunk.text.encode("utf-8")
+        self._has_reasoning_field = self._has_reasoning_field or bool(chunk.reasoning)
+        if chunk.deltas:
+            self.deltas += chunk.deltas
+            self.last_at = chunk.at
+            if self.first_at is None:
+                self.first_at = chunk.at
+
+    @property
+    def started(self):
+        """Whether a token came."""
+        return bool(self.deltas or self.tool_calls)
+
+    @property
+    def raw_text(self):
+        """The text that arrived so far, as the server sent it."""
+        return self._raw_text.decode("utf-8")
+
+    @property
+    def text(self):
+        """The answer that arrived so far, without <think>...</think> at its head."""
+        splitter = ThoughtSplitter()
+        thought, answer = splitter.feed(self.raw_text)
+        if thought:
+            return answer.lstrip()
+        return answer + splitter.finish()[1]
+
+    @property
+    def has_reasoning(self):
+        """Whether reasoning came, in fields of its own or in the text."""
+        return self._has_reasoning_field or self.raw_text.lstrip().startswith(THINK_START)
+
+    def check_answer(self):
+        """Raise CutShortError where the server says that it failed, ServerError for no answer."""
+        kind = _reason_kind(self.finish_reason)
+        reason = f" (finish reason {(self.finish_reason or '')[:MAX_REASON_CHARACTERS]})"
+        if kind == "failed":
+            raise CutShortError("the reply was cut short: the server failed" + reason,
+                                retryable=True)
+        if self.tool_calls or kind == "tool" or self.text.strip():
+            return
+        if not self.deltas and kind == "none":
+            raise ServerError("the reply holds no answer")
+        message = "the answer is empty"
+        if self.has_reasoning:
+            message += ": only reasoning came"
+        if kind in _WARNINGS:
+            message += reason
+        raise ServerError(message)
 
 def finish_warning(reply):
     """Return what the user must know about how *reply* ended, even with --quiet, or None."""
     kind = _reason_kind(reply.finish_reason)
     if kind not in _WARNINGS:
         return None
-    warning = _WARNINGS[kind] + _reason_in_brackets(reply.finish_reason)
+    warning = f"{_WARNINGS[kind]} (finish reason {reply.finish_reason[:MAX_REASON_CHARACTERS]})"
     if kind == "cut" and reply.max_tokens is not None:
         warning += ": see --max-tokens"
     return warning
@@ -1867,332 +2060,6 @@ def finish_note(reply):
         return "the server gave no reason for the end: the answer may be incomplete"
     return None
 
-# Errors, whatever their shape
-
-# Names in small letters without other characters, the best first.
-_ERROR_FIELDS = ("error", "detail", "message", "msg", "errormessage", "errormsg", "errmsg",
-                 "errordescription", "statusmsg", "baseresp", "faultstring", "fault", "errors")
-_WEAK_ERROR_FIELDS = ("reason", "description", "title")  # do not make a document an error
-_STATUS_FIELDS = ("code", "status", "status_code", "statusCode", "error_code")
-_CODE_FIELDS = ("code", "type", "status", "status_code", "__type")
-_STATUS_WORDS = (  # of codes and types, for errors that come with HTTP 200
-    (429, "rate.?limit|too.?many|quota|throttl"),
-    (401, "api.?key|authenticat|unauthori[sz]ed|invalid.?token"),
-    (403, "permission|forbidden|access.?denied|scope_"),
-    (404, "not.?found"),
-    (503, "overload|unavailable|server.?error|internal|time.?out|capacity"),
-    (400, "invalid.?request|bad.?request|context.?length|validation|invalid_"),
-)
-_QUOTA_USED_UP = re.compile("(?i)insufficient.?(quota|balance|credit|fund)|quota.?exceeded|"
-                            "exceeded.?current.?quota|billing|credit.?balance")
-_PLAIN_HTTP = re.compile("(?i)plain HTTP (request|to an SSL)|HTTP request (was sent )?to an HTTPS")
-
-def _normalised(document):
-    return {re.sub("[^a-z]", "", name.lower()): value for name, value in document.items()}
-
-def _unpacked_text(text, depth):
-    """Return what an error *text* says: it may be JSON, or HTML, in its turn."""
-    packed = re.match(r"\s*(?:data: *|error: *)?([{\[].*)", text, re.DOTALL)
-    if packed and depth:
-        try:
-            document, _ = _JSON.raw_decode(packed.group(1))
-        except (ValueError, RecursionError):
-            return text
-        return error_sentence(document, depth - 1) or text
-    if text.startswith("<"):
-        return _page_title(text) or text
-    return text
-
-def _page_title(text):
-    import html
-
-    title = re.search(r"(?is)<(title|message)\b[^>]*>(.*?)</\1>", text)
-    if not title:
-        return ""
-    return html.unescape(title.group(2)).strip()
-
-def error_sentence(document, depth=6):
-    """Return what an error *document* of any known shape says, or an empty text."""
-    if isinstance(document, str):
-        return _unpacked_text(document, depth)
-    if isinstance(document, list) and depth:
-        sentences = [error_sentence(item, depth - 1) for item in document]
-        return "; ".join(filter(None, sentences))
-    if not isinstance(document, dict) or not depth:
-        return ""
-    fields = _normalised(document)
-    sentences = []
-    for name in _ERROR_FIELDS + _WEAK_ERROR_FIELDS:
-        sentence = error_sentence(fields.get(name), depth - 1)
-        if not sentence or sentence in sentences:
-            continue
-        sentences.append(sentence)
-        if name != "error" or isinstance(fields[name], dict):  # a text may be a mere name
-            break
-    sentence = ": ".join(sentences)
-    raw = error_sentence(get_field(fields.get("metadata"), "raw", (str, dict)), depth - 1)
-    if raw:  # OpenRouter's: the words of the provider behind it
-        sentence = f"{sentence.rstrip('.')}: {raw}"
-    provider = get_field(fields.get("metadata"), "provider_name", str)
-    if sentence and provider:
-        sentence += f" (provider {provider})"
-    where = get_field(document, "loc", list)  # FastAPI's: the path of the field it refuses
-    if where and sentence:
-        path = ".".join(str(part) for part in where if isinstance(part, (str, int)))
-        sentence = f"{path}: {sentence}"
-    return sentence
-
-def _failed_choice(document):
-    """Return the choice of a reply or chunk that reports an error, as OpenRouter does, or None."""
-    for choice in get_field(document, "choices", list) or ():
-        if isinstance(choice, dict) and choice.get("error"):
-            return choice
-    return None
-
-def has_error(document):
-    """Return whether *document*, which came with HTTP 200, calls itself an error."""
-    if not isinstance(document, dict):
-        return False
-    base = document.get("base_resp")  # MiniMax's, also in good replies
-    return bool(get_field(document, "error", (str, dict)) or document.get("object") == "error"
-                or document.get("success") is False
-                or isinstance(base, dict) and base.get("status_code"))
-
-def is_error(document):
-    """Return whether *document*, which came with HTTP 200 for a completion, is an error."""
-    if not isinstance(document, dict) or document.get("error"):
-        return True
-    if document.get("choices"):
-        return _failed_choice(document) is not None
-    if has_error(document):
-        return True
-    fields = _normalised(document)
-    fields.pop("baseresp", None)
-    if fields.get("detail") or fields.get("errors") or fields.get("fault"):
-        return True
-    return any(get_field(fields, name, str) for name in _ERROR_FIELDS)
-
-def _error_details(document):
-    """Return the part of an error *document* that holds its code."""
-    for name in ("error", "errors", "base_resp"):
-        value = get_field(document, name, (dict, list))
-        if isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, dict):
-            return value
-    return document
-
-def _error_code(details, status):
-    """Return the server's code for an error, else its type, where it says more than *status*."""
-    for name in _CODE_FIELDS:
-        code = get_field(details, name, (str, int))
-        if code and str(code) not in (str(status), "None"):  # Python servers print a missing one
-            return str(code)
-    return None
-
-def _names_of(document):
-    """Return the texts in *document* that may name the class of an error."""
-    names = [get_field(document, name, str) or "" for name in _CODE_FIELDS + ("error_type",)]
-    error = get_field(document, "error", str) or ""
-    if len(error) <= MAX_ERROR_NAME_CHARACTERS:
-        names.append(error)
-    return " ".join(names)
-
-def _effective_status(details, document, names, status):
-    """Return the HTTP status of an error's class: its own number or *names* in a reply of 2xx."""
-    if not 200 <= status <= 299:
-        return status
-    for part in (details, document):
-        for field in _STATUS_FIELDS:
-            claimed = str(get_field(part, field, (int, str)))
-            if re.match(r"[45]\d\d\Z", claimed):
-                return int(claimed)
-    for effective, pattern in _STATUS_WORDS:
-        if re.search(pattern, names, re.IGNORECASE):
-            return effective
-    return status
-
-def retry_after_seconds(headers, details):
-    """Return the seconds that a response asks us to wait (RFC 9110, 10.2.3), or None.
-
-    The date form counts from the response's own Date, so that our clock need not be right.
-    """
-    from email.utils import mktime_tz, parsedate_tz
-
-    number = r"\s*(\d+(?:\.\d+)?)\s*(?:,|\Z)"
-    value = headers.get("retry-after", "")
-    milliseconds = re.match(number, headers.get("retry-after-ms", ""))
-    if milliseconds:
-        seconds = float(milliseconds.group(1)) / 1000
-    elif re.match(number, value):
-        seconds = float(re.match(number, value).group(1))
-    else:
-        seconds = get_field(details, "retry_after", (int, float))
-        with contextlib.suppress(Exception):  # no dates, or odd ones: old Pythons break on them
-            seconds = mktime_tz(parsedate_tz(value)) - mktime_tz(parsedate_tz(headers.get("date")))
-    if seconds is None:
-        return None
-    return max(0, min(seconds, MAX_NUMBER))
-
-def is_retryable_status(status):
-    """Return whether a failure with this HTTP status may pass."""
-    return status in (408, 409, 429) or 500 <= status <= 599
-
-def is_retryable_now(error):
-    """Return whether another try may help, and the server does not ask for a long wait first."""
-    return error.retryable and (error.retry_after or 0) <= MAX_RETRY_DELAY_SECONDS
-
-def _asks_for_chat(context):
-    return context.method == "POST" and context.url.partition("?")[0].endswith(CHAT_PATH)
-
-def _advice_for_missing(context):
-    """Return the advice for HTTP 404: this server may lack what was asked for."""
-    advice = "check the base URL"
-    if context.plain_url:
-        advice = f"check --endpoint and the base URL: without slugs it is {context.plain_url}"
-    if _asks_for_chat(context):
-        return advice
-    missing = "stored completions, or not this one"
-    if context.url.endswith("/models"):
-        missing = "list of models"
-    if not context.plain_url:
-        return f"this server has no {missing}"
-    return f"this server has no {missing}, or {advice}"
-
-def _advice(effective, context, retry_after, is_quota, is_json):
-    """Return what to do about an error of this HTTP status, or None."""
-    if is_quota:
-        return "waiting does not help: check the plan and the credit"
-    if retry_after and retry_after > MAX_RETRY_DELAY_SECONDS:
-        return f"the server asks to wait {round(retry_after)} s"
-    if effective == 401 and not context.secrets:
-        return f"set {ENV_API_KEY} or give --api-key"
-    if effective == 403 and not is_json:
-        return "a proxy or firewall on the way may have answered"
-    if effective == 404 or effective == 405 and not _asks_for_chat(context):
-        return _advice_for_missing(context)
-    return {
-        401: "check the API key",
-        403: "this key may not do that: check its scopes",
-        407: "the proxy wants a user and password: put them into its URL",
-        429: "wait, or raise --retries",
-    }.get(effective)
-
-def _body_text(document):
-    """Return *document*, text or parsed JSON, as text for --verbose and for unknown shapes."""
-    if isinstance(document, str):
-        return document
-    try:
-        return json_text(document)
-    except XeroctlError:
-        return ""
-
-def _has_unknown_words(document):
-    """Return whether an error *document* has none of the known fields, but others."""
-    if not isinstance(document, dict) or "error" in document or document.get("choices"):
-        return False
-    return any(value not in (None, "", [], {}) for value in document.values())
-
-def _error_class(status):
-    if status in (401, 403):
-        return AuthError
-    if status == 429:
-        return RateLimitError
-    if 400 <= status <= 499:
-        return RefusedError
-    return ServerError
-
-def build_error(document, context, is_json=True):
-    """Return the error that *document* describes: parsed JSON, or a text for anything else.
-
-    With HTTP 200 the document's own number or names say what class of error it is.  *is_json*
-    says that the server itself wrote it, not a proxy with a page of its own.
-    """
-    body = redact(_body_text(document), context.secrets)
-    if isinstance(document, list) and len(document) == 1:  # as Gemini sends it
-        document = document[0]
-    if not get_field(document, "error", (str, dict)):
-        document = _failed_choice(document) or document
-    details = _error_details(document)
-    names = f"{_names_of(details)} {_names_of(document)}"
-    effective = _effective_status(details, document, names, context.status)
-    retry_after = retry_after_seconds(context.headers, details)
-    is_quota = effective in (402, 429) and _QUOTA_USED_UP.search(names) is not None
-    advice = _advice(effective, context, retry_after, is_quota, is_json)
-    sentence = error_sentence(document)
-    if not sentence and _has_unknown_words(document):
-        sentence = body
-    if context.url.startswith("http:") and _PLAIN_HTTP.search(sentence):
-        advice = "begin the base URL with https://"
-    sentence = " ".join(redact(sentence, context.secrets).split())[:MAX_ERROR_CHARACTERS]
-    if advice:
-        sentence = sentence.rstrip(".")
-    code = redact(_error_code(details, effective) or "", context.secrets)
-    request_id = redact(context.headers.get("x-request-id", ""), context.secrets)
-    place, status = _error_place(context, code, request_id)
-    return _error_class(effective)(
-        ": ".join(filter(None, [place, sentence, advice])), status, code or None,
-        request_id or None, retryable=is_retryable_status(effective) and not is_quota,
-        retry_after=retry_after, body=body)
-
-def _error_place(context, code, request_id):
-    """Return the first words of an error's message, and the HTTP status that is to be told."""
-    named = [code, request_id and "request " + request_id]
-    names = ", ".join(filter(None, named))
-    if names:
-        names = f" ({names})"
-    if 200 <= context.status <= 299:
-        return "error in the reply" + names, None
-    place = f"HTTP {context.status}{names}"
-    if context.status == 404:
-        place += " at " + redact(context.url, context.secrets)
-    return place + context.via, context.status
-
-def parse_error(data, context):
-    """Return the error that a response with an HTTP status of failure and body *data* is."""
-    body = data.decode("utf-8", "replace").strip().lstrip("\ufeff")
-    text = body
-    if 300 <= context.status <= 399:
-        target = context.headers.get("location")
-        text = "redirects are not followed"
-        if target and _asks_for_chat(context):
-            text += f": if you trust {target}, make it the base URL"
-        elif target:
-            text += f" (to {target})"
-    is_json = not text
-    try:
-        document = parse_json(text)
-        is_json = True
-    except ValueError:
-        document = text
-        if text.startswith("<"):
-            title = _page_title(text)
-            document = "the answer is an HTML page" + (title and ": " + title)
-    error = build_error(document, context, is_json)
-    error.body = redact(body, context.secrets)
-    return error
-
-def retry_delay(attempt, retry_after, jitter):
-    """Return the seconds to wait before try number *attempt* + 1; *jitter* is from 0 to 1.
-
-    The server's word counts, up to a limit; else the wait doubles from half a second, less up to
-    a quarter of it, so that a crowd of clients does not come back at once.
-    """
-    if retry_after is None:
-        retry_after = 0.5 * 2 ** min(attempt - 1, 10) * (1 - jitter / 4)
-    return min(retry_after, MAX_RETRY_DELAY_SECONDS)
-
-def list_items(document, what):
-    """Return the objects in the list that *document* is or holds; null counts as an empty list.
-
-    Raise ServerError, which names *what*, where it holds no list.
-    """
-    items = document
-    if isinstance(document, dict) and "data" in document:
-        items = document["data"] or []
-    if not isinstance(items, list):
-        raise ServerError(f"the reply holds no list of {what}")
-    return [item for item in items if isinstance(item, dict)]
 # -- Messages ---------------------------------------------------------------------------------
 
 CONVERSATION_FORMAT = "xeroctl-conversation"
@@ -2238,7 +2105,7 @@ class Conversation:
         return self.messages
 
     def add_turn(self, question, answer):
-        """Add the message *question* and the text *answer*; where that is blank, it is unanswered."""
+        """Add the message *question* and the text *answer*; a blank one leaves it unanswered."""
         self.unanswered = None
         if answer.strip():
             self.messages += [question, {"role": "assistant", "content": answer}]
@@ -2261,7 +2128,7 @@ class Conversation:
         return turns
 
     def last_question(self):
-        """Return (message, messages before it) of the newest turn; (None, []) where there is none."""
+        """Return (question, messages before it) of the newest turn, or (None, [])."""
         turns = self.turns()
         if not turns:
             return None, []
@@ -2276,7 +2143,7 @@ class Conversation:
         return question
 
     def drop(self, count):
-        """Take the oldest *count* turns away, system messages in them stay; return how many went."""
+        """Drop the oldest *count* turns, but no system messages; return how many there were."""
         starts = []
         for index, message in enumerate(self.messages):
             if message["role"] == "user":
@@ -2375,13 +2242,10 @@ def parse_conversation(text):
 # Control characters become their pictures (U+2400 and on).  What hides or reorders text becomes
 # U+FFFD: zero-width space and no-break space, word joiner, bidirectional overrides and isolates,
 # tags.  The joiners U+200C, U+200D and U+FE0F stay: scripts and emoji need them.
-_VISIBLE = {code: 0x2400 + code for code in range(0x20)}
-_VISIBLE[0x7F] = 0x2421
-for _code in (*range(0x80, 0xA0), 0x200B, *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF,
-              *range(0xE0000, 0xE0080)):
-    _VISIBLE[_code] = 0xFFFD
-_VISIBLE[ord("\n")] = "\n"
-_VISIBLE[ord("\t")] = "\t"
+_VISIBLE = dict.fromkeys((*range(0x80, 0xA0), 0x200B, *range(0x202A, 0x202F),
+                          *range(0x2060, 0x2070), 0xFEFF, *range(0xE0000, 0xE0080)), 0xFFFD)
+_VISIBLE.update((code, 0x2400 + code) for code in range(0x20))
+_VISIBLE.update({0x7F: 0x2421, ord("\n"): "\n", ord("\t"): "\t"})
 _VISIBLE[ord("\r")] = None  # it would overwrite the line
 
 def sanitize(text):
@@ -2391,13 +2255,6 @@ def sanitize(text):
 def one_line(text):
     """Return *text* sanitized, as one line with single blanks."""
     return " ".join(sanitize(text).split())
-
-def utf8_argument(text):
-    """Return an argument, a variable or a file name as UTF-8 text, whatever the locale is."""
-    try:
-        return os.fsencode(text).decode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # PyPy reads UTF-8 in the C locale, and does not write it
-        return text
 
 def decode_prompt(data, name):
     """Return the text of the prompt *data*, read from *name*, without line ends at its end.
@@ -2427,11 +2284,10 @@ def os_reason(error):
 
 def utc_stamp(seconds):
     """Return a time in *seconds* since 1970 as ISO 8601 in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+    from datetime import datetime, timezone
 
-def format_seconds(seconds):
-    """Return a time in *seconds* as text, such as 0.58 s."""
-    return f"{seconds:.2f} s"
+    moment = datetime.fromtimestamp(int(seconds), timezone.utc)
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 def plural(count, noun):
     """Return *count* and its *noun*, such as 1 token or 2 tokens."""
@@ -2439,9 +2295,11 @@ def plural(count, noun):
         return f"{count} {noun}"
     return f"{count} {noun}s"
 
-def is_ascii(text):
-    """Tell whether *text* is all ASCII (str.isascii is younger than Python 3.6)."""
-    return len(text) == len(text.encode("utf-8", "surrogatepass"))
+def end_line(text):
+    """Return *text* with a newline at its end."""
+    if text.endswith("\n"):
+        return text
+    return text + "\n"
 
 @functools.lru_cache(maxsize=4096)
 def _character_width(character):
@@ -2455,8 +2313,6 @@ def _character_width(character):
 
 def display_width(text):
     """Return how many columns of a terminal the line *text* takes."""
-    if is_ascii(text):
-        return len(text)
     return sum(map(_character_width, text))
 
 def truncate(text, columns):
@@ -2472,10 +2328,9 @@ def truncate_middle(text, columns):
     if display_width(text) <= columns:
         return text
     kept = columns - 3
-    if kept < 2:
-        return truncate(text, columns)
     end = truncate(text[::-1], kept // 2)[::-1]
-    return truncate(text, kept - display_width(end)) + "..." + end
+    start = truncate(text, kept - display_width(end))
+    return truncate(start + "..." + end, columns)
 
 def table_lines(names, rows, columns):
     """Return the lines of a table of *rows* under *names*, each at most *columns* wide.
@@ -2490,8 +2345,7 @@ def table_lines(names, rows, columns):
     for row in table:
         line = ""
         for cell, width in zip(row, widths):
-            blanks = width - display_width(cell)
-            line += cell + " " * (blanks + 2)
+            line += cell + " " * (width - display_width(cell)) + "  "
         line = line.rstrip()
         if display_width(line) > columns:
             line = truncate(line, columns - 1) + ">"
@@ -2513,52 +2367,44 @@ def footer_line(reply, seconds):
     return f"-- {mark}{count} in {seconds:.1f}s ({mark}{rate:.1f} tok/s)"
 
 def tokens_per_second(reply):
-    """Return the rate of *reply* after its first token, or None where it cannot be told."""
+    """Return the rate of *reply* after its first token, or None where it is unknown."""
     tokens = reply.usage.completion or 0
-    if tokens < 2 or reply.first_at is None:
+    if tokens < 2 or reply.first_at is None or reply.last_at <= reply.first_at:
         return None
-    seconds = reply.last_at - reply.first_at
-    if seconds <= 0:
-        return None
-    return (tokens - 1) / seconds
+    return (tokens - 1) / (reply.last_at - reply.first_at)
 
 def usage_fields(reply, seconds, streamed):
-    """Return the (name, value) pairs of what is known about *reply*, which took *seconds*."""
-    pairs = []
-    for name, count in zip(Usage._fields, reply.usage):
-        pairs.append((name + "_tokens", count))
-    pairs.append(("seconds", seconds))
+    """Return name -> value of the known figures of *reply*, which took *seconds*."""
+    fields = {name + "_tokens": count for name, count in zip(Usage._fields, reply.usage)}
+    fields["seconds"] = seconds
     if streamed:
-        pairs.append(("first_token_seconds", reply.first_seconds))
-        pairs.append(("tokens_per_second", tokens_per_second(reply)))
-        pairs.append(("finish_reason", reply.finish_reason))
-    pairs.append(("id", reply.id))
-    known = []
-    for name, value in pairs:
-        if isinstance(value, float):
-            value = round(value, 3)
-        if value is not None:
-            known.append((name, value))
-    return known
+        fields["first_token_seconds"] = reply.first_seconds
+        fields["tokens_per_second"] = tokens_per_second(reply)
+        fields["finish_reason"] = reply.finish_reason
+    fields["id"] = reply.id
+    for name, value in list(fields.items()):
+        if value is None:
+            del fields[name]
+        elif isinstance(value, float):
+            fields[name] = round(value, 3)
+    return fields
 
 def status_bar(endpoint, model, totals, messages, columns):
     """Return the line above the prompt of a chat, at most *columns* wide.
 
-    Where that is narrow, the endpoint's part is left out first, then the model's.
+    In a narrow window the endpoint's part is left out first, then the model's.
     """
     mark = "~"
     if totals.exact:
         mark = ""
-    parts = [f"endpoint: {endpoint}"]
-    if model:
-        parts.append(f"model: {model}")
+    parts = [f"endpoint: {endpoint}", f"model: {model}"]
+    if not model:
+        parts.pop()
     parts.append(f"tokens: {mark}{totals.prompt}/{mark}{totals.completion}")
     parts.append(f"msgs: {messages}")
-    line = one_line(" | ".join(parts))
-    while display_width(line) > columns and len(parts) > 1:
+    while len(parts) > 1 and display_width(one_line(" | ".join(parts))) > columns:
         del parts[0]
-        line = one_line(" | ".join(parts))
-    return truncate(line, columns)
+    return truncate(one_line(" | ".join(parts)), columns)
 
 def percentile(sorted_values, percent):
     """Return the value below which *percent* of *sorted_values* lie, linear between ranks."""
@@ -2570,80 +2416,79 @@ def percentile(sorted_values, percent):
     return below + (above - below) * (rank - position)
 
 def summary(values):
-    """Return number, mean, percentiles and extremes of *values*; None for those of no values."""
+    """Return number, mean, percentiles and extremes of *values*, or None for each unknown one."""
+    figures = dict.fromkeys(("n", "mean", "p50", "p90", "p95", "p99", "max", "min"))
     ordered = sorted(values)
     count = len(ordered)
-    if not ordered:
-        ordered = [None]
-    figures = {"n": count, "mean": None}
+    figures["n"] = count
     if count:
-        figures["mean"] = sum(ordered) / count
-    for percent in (50, 90, 95, 99):
-        figures[f"p{percent}"] = None
-        if count:
+        figures.update(mean=sum(ordered) / count, max=ordered[-1], min=ordered[0])
+        for percent in (50, 90, 95, 99):
             figures[f"p{percent}"] = percentile(ordered, percent)
-    figures["max"] = ordered[-1]
-    figures["min"] = ordered[0]
     return figures
 
 class _WordWrapper:
     """Lay out styled text on the lines of a terminal; prose is wrapped at words.
 
-    The last word can still grow: it is shown all the same, and moved when it no longer fits.  The
-    last column stays free, so that the cursor never waits there for its wrap.
+    An unfinished word is shown, and moved to the next line when it no longer fits.  The last
+    column stays free, so that the cursor never waits there for its wrap.
     """
 
     def __init__(self, columns, styled):
         self._styled = styled
         self._output = []
-        self._style = ""  # that is in force on the terminal
+        self._style = ""  # now set on the terminal
         self._column = 0  # of the cursor, or beyond the limit where blanks did not fit
         self._hang = 0  # columns before the text after a wrap
-        self._word = []  # (text, style) of its pieces
-        self._width = 0  # of the word
-        self._start = 0  # column of the word, once some of it is shown
-        self._shown = 0  # number of its pieces that are shown
+        self._word = []  # (text, style) of the pieces of the unfinished word
+        self._start = 0  # its column
+        self._limit = 0  # columns that may be written
         self.resize(columns)
 
     def resize(self, columns):
-        self.end_word()
-        self._limit = columns - 1
+        limit = columns - 1
         if columns < 10:  # too narrow to wrap
-            self._limit = sys.maxsize
+            limit = MAX_NUMBER
+        if limit != self._limit:
+            self.end_word()
+        self._limit = limit
 
     def take(self):
         """Return what to write now; it ends without a style."""
-        self._show_word()
-        self._write("", "")
+        self._set_style("")
         output = "".join(self._output)
         self._output = []
         return output
 
     def add_fixed(self, text, style):
         """Add a piece that is not wrapped; prose after it is wrapped under its end."""
-        # At its right edge a terminal writes over the character before a tab.
-        text = self._expand_tabs(text)
-        if text:
-            self._write(text, style)
-        self._column += display_width(text)
+        self._write(self._expand_tabs(text), style)
         self._hang = min(self._column, self._limit // 2)
 
     def add_blanks(self, text, style):
         self.end_word()
-        end = self._column + len(self._expand_tabs(text))
-        if end <= self._limit:
-            self._write(text, style)
-        self._column = end
+        blanks = self._expand_tabs(text)
+        if self._column + len(blanks) > self._limit:
+            self._column = self._limit + 1  # the next word is moved
+        else:
+            self._write(blanks, style)
 
     def add_piece(self, text, style):
+        if not self._word:
+            self._start = self._column
+        end = self._column + display_width(text)
+        if end > self._limit and self._start > self._hang:
+            erased = self._column - self._start
+            self._output.append("\b \b" * erased + "\n" + " " * self._hang)
+            self._column = self._hang
+            self._start = self._hang
+            for piece in self._word:
+                self._write(*piece)
         self._word.append((text, style))
-        self._width += display_width(text)
+        self._write(text, style)
 
     def end_word(self):
-        self._show_word()
         self._word = []
-        self._width = 0
-        self._shown = 0
 
     def end_line(self):
         self.end_word()
@@ -2652,61 +2497,53 @@ class _WordWrapper:
         self._hang = 0
 
     def _expand_tabs(self, text):
-        if "\t" not in text:
-            return text
+        # At its right edge a terminal writes over the character before a tab.
         before = " " * self._column
         return (before + text).expandtabs(8)[self._column:]
 
-    def _show_word(self):
-        if self._shown == len(self._word):
-            return
-        if not self._shown:
-            self._start = self._column
-        end = self._start + self._width
-        if end > self._limit and self._start > self._hang:
-            self._move_word()
-            end = self._start + self._width
-        for text, style in self._word[self._shown:]:
-            self._write(text, style)
-        self._shown = len(self._word)
-        self._column = min(end, self._limit + 1)  # the terminal wraps what is wider than a line
-
-    def _move_word(self):
-        shown = self._column - self._start
-        self._output.append("\b" * shown + " " * shown)
-        self._output.append("\n" + " " * self._hang)
-        self._start = self._hang
-        self._shown = 0
-
     def _write(self, text, style):
-        if self._styled and style != self._style:
-            if self._style:
-                self._output.append("\x1b[0m")
-            if style:
-                self._output.append(f"\x1b[{style}m")
-            self._style = style
-        self._output.append(text)
+        if text:
+            self._set_style(style)
+            self._output.append(text)
+            self._column += display_width(text)
+
+    def _set_style(self, style):
+        if not self._styled or style == self._style:
+            return
+        if self._style:
+            self._output.append("\x1b[0m")
+        if style:
+            self._output.append(f"\x1b[{style}m")
+        self._style = style
 
 # Codes of styles, as a terminal knows them.
 _BOLD = "1"
 _DIM = "2"
 _ITALIC = "3"
 _CYAN = "36"
+_LINE_STYLES = {"fence": [_CYAN], "code": [_CYAN], "heading": [_BOLD]}
+_MARK_STYLES = {"*": _ITALIC, "_": _ITALIC, "**": _BOLD, "__": _BOLD,
+                "***": "1;3", "___": "1;3"}  # of code: _CYAN
 
 # Patterns are compiled by re at their first use: most runs of the command have none.
-_LINE_MARKS = r"(?:[ \t]*(?:>|(?:[-*+]|\d{1,9}[.)])(?=[ \t])))*[ \t]*"  # of quotes and list items
+# The marks of quotes and list items, and what kind of line follows.
+_LINE = r"""(?x)
+    ( (?: [ \t]* (?: > | (?: [-*+] | \d{1,9}[.)] ) (?=[ \t]) ) )* [ \t]* )
+    (?: (?P<undecided> (?: [-*+] | \d{1,9}[.)]? | \#{1,6} | `{1,2} | `{3,}[^`\n]* | ~+[ \t]* )? \Z )
+    | (?P<fence> `{3,} (?=[^`\n]*\n) | ~{3,} )
+    | (?P<heading> \#{1,6} [ \t\n] )
+    | (?P<table> \| )
+    | (?P<blank> \n )
+    | (?P<prose> ) )"""
 _ENOUGH = 200  # characters of a line to tell what it is
-_UNDECIDED = r"(?:[-*+]|\d{1,9}[.)]?|#{1,6}|`+|~+)?\Z"
-_FENCE = "`{3,}|~{3,}"
-_HEADING = r"#{1,6}(?:[ \t]|\Z)"
 _INLINE_MARKS = "\\`*_"
 # A mark, blanks, a run of other text, or one character from where the wide ones begin.
-_TOKEN = r"\\[^\w\s]?|`+|\*+|_+|[ \t]+|[\x00-\x08\x0a-\x1f!-)+-\[\]^a-\u10ff]+|[^\x00-\u10ff]"
+_TOKEN = r"\\[^\w\s]?|`+|\*+|_+|[ \t]+|[\x00-\x08\x0b-\x1f!-)+-\[\]^a-\u10ff]+|[^\x00-\u10ff]"
 _NO_BREAK_BEFORE = "、。，．：；？！）」』】〉》ー…\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 _NO_BREAK_AFTER = "（「『【〈《\u200d([{\"'" + _INLINE_MARKS
 
 def _may_break(before, after):
-    """Tell whether a line may end between two characters that no blank parts."""
+    """Return whether a line may end between two characters that are not blanks."""
     if before in _NO_BREAK_AFTER or after in _NO_BREAK_BEFORE:
         return False
     if _character_width(after) == 2:
@@ -2725,185 +2562,129 @@ class MarkdownStyler:
         self.dim = False  # show what comes dim
         self._wrapper = _WordWrapper(columns, styled)
         self._held = ""  # the beginning of a line, or the mark at the end of what came
-        self._fence = ""  # the mark of the fence that we are in
-        self._quoted = False
+        self._fence = ""  # the mark that opened the fence, inside one
         self._new_block = True  # the next line does not continue a paragraph
         self._content = 0  # column at which the text of the list item begins
-        self._end_block()
-        self._begin_line()
+        self._kind = ""  # of the line: a group of _LINE, or "code"; empty before its text
+        self._base = []  # styles of the whole line
+        self._open_marks = []  # such as "*", "__" and "`"
+        self._before = ""  # the character before the next one
 
     def feed(self, text):
         """Return what of *text*, and of what was held, is to be written."""
-        lines = (self._held + text).split("\n")
+        pieces = re.findall("[^\n]*\n|[^\n]+", self._held + text)
         self._held = ""
-        for line in lines[:-1]:
-            self._add(line, True)
-            self._end_line()
-        self._add(lines[-1], False)
+        for piece in pieces:
+            if not self._kind:
+                piece = self._begin_line(piece)
+            if self._kind in ("fence", "code"):
+                self._wrapper.add_fixed(piece.rstrip("\n"), self._style())
+            else:
+                self._add_inline(piece)
+            if piece.endswith("\n"):
+                self._wrapper.end_line()
+                self._new_block = self._kind != "prose"
+                self._kind = ""
         return self._wrapper.take()
 
     def finish(self):
         """Return what is still to be written."""
-        held = self._held
-        self._held = ""
-        self._add(held, True)
-        return self._wrapper.take()
+        return self.feed("\n")[:-1]
 
     def resize(self, columns):
         """Wrap at *columns* from here on."""
         self._wrapper.resize(columns)
 
-    def _begin_line(self):
-        self._kind = ""  # "fence", "code", "table", "heading" or "prose"
-        self._beginning = ""  # enough of the line to tell what it was
-        self._base = []  # styles of the whole line
-        self._before = " "  # the character before the next one
+    def _begin_line(self, line):
+        """Find the kind of *line*, write the marks before its text and return the text.
 
-    def _end_block(self):
-        self._open_marks = []  # "*", "**", "_" or "__" of emphasis that is open
-        self._code_mark = ""  # the backticks of code that is open
-
-    def _add(self, text, complete):
-        """Add a piece of a line; after a *complete* one the line ends."""
-        if not self._kind:
-            marks = self._open_line(text, complete)
-            if not self._kind:
-                self._held = text
-                return
-            self._beginning = marks
-            text = text[len(marks):]
-        if len(self._beginning) < _ENOUGH:
-            self._beginning += text[:_ENOUGH]
-        if self._kind in ("fence", "code"):
-            self._wrapper.add_fixed(text, self._style())
-        else:
-            self._add_inline(text, complete)
-
-    def _open_line(self, line, complete):
-        """Find the kind of *line*, write the marks before its text and return them.
-
-        The kind stays empty where *line* must grow first.
+        Hold the line, and return nothing of it, where more must come to tell what it is.
         """
-        if self._fence:
-            self._set_kind("code", _CYAN)
+        match = re.match(_LINE, line)
+        kind = match.lastgroup
+        if kind == "undecided" and len(line) < _ENOUGH:
+            self._held = line
             return ""
-        marks = re.match(_LINE_MARKS, line).group()
-        text = line[len(marks):]
-        if not complete and len(line) < _ENOUGH and re.match(_UNDECIDED, text):
-            return ""
+        marks = match.group(1)
         indent = len(marks.expandtabs(4))
-        fence = re.match(_FENCE, text)
-        is_bare = marks.isspace() and text and not fence
-        if is_bare and self._new_block and indent >= self._content + 4:
-            self._set_kind("code", _CYAN)
-            return ""
         is_item = bool(marks.strip(" \t>"))
-        if is_item or self._new_block or self._quoted != (">" in marks):
-            self._end_block()
-        if is_item:
+        if self._fence:
+            kind = "code"
+            if re.match(rf"[ \t>]*{self._fence}[`~]*[ \t]*\n", line):
+                self._fence = ""
+        elif kind == "fence":
+            self._fence = match.group(kind)
+        elif marks.isspace() and self._new_block and kind != "blank":
+            if indent >= self._content + 4:
+                kind = "code"
+        if kind == "code":
+            marks = ""
+        elif is_item:
             self._content = indent
         elif self._new_block:
             self._content = min(self._content, indent)
-        self._quoted = ">" in marks
-        if self._quoted:
-            self._base.append(_DIM)
-        self._wrapper.add_fixed(marks, self._style())
-        if fence:
-            self._fence = fence.group()
-            self._set_kind("fence", _CYAN)
-        elif text.startswith("|"):
-            self._set_kind("table")
-        elif re.match(_HEADING, text):
-            self._set_kind("heading", _BOLD)
-        else:
-            self._kind = "prose"
-        return marks
-
-    def _set_kind(self, kind, *styles):
+        if is_item or self._new_block or kind != "prose":
+            self._open_marks = []
         self._kind = kind
-        self._base += styles
-        self._end_block()
-
-    def _end_line(self):
-        line = self._beginning.strip(" \t>")
-        if self._kind == "fence":
-            info = line.partition(self._fence)[2]
-            if self._fence[0] in info and self._fence[0] == "`":  # code in a line
-                self._fence = ""
-        elif self._fence and line.startswith(self._fence):
-            info = line.strip(self._fence[0])
-            if not info:
-                self._fence = ""
-        self._new_block = not line or self._kind != "prose"
-        self._wrapper.end_line()
-        self._begin_line()
+        self._before = " "
+        self._base = [_DIM] if ">" in marks else []
+        self._wrapper.add_fixed(marks, self._style())
+        self._base += _LINE_STYLES.get(kind, [])
+        return line[len(marks):]
 
     def _style(self):
-        styles = list(self._base)
+        codes = self._base + [_MARK_STYLES.get(mark, _CYAN) for mark in self._open_marks]
         if self.dim:
-            styles.append(_DIM)
-        for mark in self._open_marks:
-            styles.append(_BOLD if len(mark) == 2 else _ITALIC)
-        if self._code_mark:
-            styles.append(_CYAN)
-        return ";".join(sorted(set(styles)))
+            codes.append(_DIM)
+        codes = ";".join(codes).split(";")
+        return ";".join(sorted(set(codes)))
 
-    def _add_inline(self, text, complete):
+    def _add_inline(self, text):
         """Add a piece of a line in which marks have a meaning."""
         for match in re.finditer(_TOKEN, text):
             token = match.group()
-            end = match.end()
-            after = text[end:end + 1]
-            is_mark = token[0] in _INLINE_MARKS
-            if is_mark and not after and not complete and len(token) < _ENOUGH:
-                self._held = token
-                return
-            self._add_token(token, after or " ")
+            after = text[match.end():match.end() + 1]
+            style = self._style()
+            if token[0] in _INLINE_MARKS:
+                if not after and len(token) < _ENOUGH:
+                    self._held = token
+                    return
+                self._read_mark(token, after)
+                style = max(style, self._style(), key=len)  # as what it encloses
+            if self._kind == "table":
+                self._wrapper.add_fixed(token, style)
+            elif token[0] in " \t":
+                self._wrapper.add_blanks(token, style)
+            else:
+                if _may_break(self._before, token[0]):
+                    self._wrapper.end_word()
+                self._wrapper.add_piece(token, style)
             self._before = token[-1]
-
-    def _add_token(self, token, after):
-        style = self._style()
-        if token[0] in _INLINE_MARKS:
-            self._read_mark(token, after)
-            style = max(style, self._style(), key=len)  # a mark is styled like what it encloses
-        if self._kind == "table":
-            self._wrapper.add_fixed(token, style)
-        elif token[0] in " \t":
-            self._wrapper.add_blanks(token, style)
-        else:
-            if _may_break(self._before, token[0]):
-                self._wrapper.end_word()
-            self._wrapper.add_piece(token, style)
 
     def _read_mark(self, mark, after):
         """Open or close what *mark* stands for, between the characters before and *after* it."""
         before = self._before
-        if self._code_mark:
-            if mark == self._code_mark:
-                self._code_mark = ""
+        marks = self._open_marks
+        if marks and marks[-1][0] == "`":  # in code no other mark has a meaning
+            if mark == marks[-1]:
+                marks.pop()
             return
         if mark[0] == "`":
-            self._code_mark = mark
-        if mark[0] not in "*_":
+            marks.append(mark)
+        if mark not in _MARK_STYLES:
             return
-        in_word = before.isalnum() and after.isalnum()
-        if in_word and mark[0] == "_":
+        if mark[0] == "_" and before.isalnum() and after.isalnum():
             return
-        if not before.isspace() and self._close_emphasis(mark):
-            return
+        if marks and not before.isspace():
+            if len(mark) == 3:
+                mark = marks[0]
+            if mark in marks:
+                del marks[marks.index(mark):]
+                return
         # 2*3 is more frequent than emphasis that begins in the middle of a word.
-        if after.isspace() or before.isalnum() and is_ascii(before):
-            return
-        self._open_marks += re.findall(r"\*\*?|__?", mark[:3])
+        if not after.isspace() and not (before < "\x80" and before.isalnum()):
+            marks.append(mark)
 
-    def _close_emphasis(self, run):
-        length = len(run)
-        for size in (2, 1):
-            mark = run[0] * size
-            if length >= size and mark in self._open_marks:
-                del self._open_marks[self._open_marks.index(mark):]
-                length -= size
-        return length < len(run)
 # -- Waiting ----------------------------------------------------------------------------------
 
 ENDING_SIGNALS = [int(getattr(signal, name)) for name in ("SIGTERM", "SIGHUP")
@@ -2965,7 +2746,9 @@ class Waiter:
     @contextlib.contextmanager
     def watch_signals(self):
         """Note signals instead of raising at them, inside the with block (main thread, POSIX)."""
-        if os.name != "posix":
+        if os.name != "posix":  # nothing can wait for a signal there: they raise
+            for number in ENDING_SIGNALS:
+                signal.signal(number, self._raise)
             yield
             return
         self._wakeup = os.pipe()
@@ -3152,31 +2935,18 @@ class Waiter:
 
     @contextlib.contextmanager
     def without_raising(self):
-        """Note signals in the with block although a line is typed: readline calls a completer.
+        """Raise nothing in the with block although a line is typed: readline calls a completer.
 
-        It swallows whatever a completer raises.  A signal that came is sent once more, for
-        readline to meet when it waits for keys again.
+        It swallows whatever a completer raises.  A signal that comes meanwhile is sent again by
+        the prompt's watcher.
         """
-        was_prompting = self._prompting
-        self._prompting = False
+        was_prompting, self._prompting = self._prompting, False
         before = list(self._noted)
         try:
             yield
         finally:
-            came = self._noted[len(before):]
             self._noted = before
             self._prompting = was_prompting
-            if came:
-                self._send_again(came[-1])
-
-    def _send_again(self, number):
-        import threading
-
-        thread = threading.main_thread().ident
-        timer = threading.Timer(0.05, signal.pthread_kill, [thread, number])
-        timer.daemon = True
-        with contextlib.suppress(RuntimeError):  # can't start new thread
-            timer.start()
 
     def suspend(self):
         """Stop until the shell continues us, as Ctrl+Z asks."""
@@ -3187,6 +2957,9 @@ class Waiter:
         signal.signal(SUSPEND_SIGNAL, ours)
         if self.after_stop:
             self.after_stop()
+
+    def _raise(self, number, frame):
+        raise Terminated(number)
 
     def _note(self, number, frame):
         # Readline and input() can call this with an exception set.  Then any call in here, even
@@ -3220,10 +2993,17 @@ class Waiter:
 # -- Files ------------------------------------------------------------------------------------
 
 LOCK_SECONDS = 0.5
-LOCK_POLL_SECONDS = 0.02
+LOCK_GAP_SECONDS = 0.001  # after a release: a process that waits is next, not we again
 MAX_HISTORY_ENTRIES = 1000
 MAX_HISTORY_BYTES = 4 * 1024 * 1024
 MAX_KEPT_CONVERSATIONS = 50
+
+def utf8_argument(text):
+    """Return an argument, a variable or a file name as UTF-8 text, whatever the locale is."""
+    try:
+        return os.fsencode(text).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # PyPy reads UTF-8 in the C locale, and does not write it
+        return text
 
 def environment():
     """Return our environment variables that are settings, as UTF-8 text; empty where unset."""
@@ -3315,18 +3095,17 @@ def make_private_folder(path):
         raise UsageError(f"cannot make {utf8_argument(path)}: {os_reason(error)}") from error
 
 def _try_lock(fcntl, descriptor, seconds):
-    clock = Waiter()  # watches no signals: nothing can interrupt a write half done
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock = functools.partial(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # it takes too long
+            Waiter().run_in_thread(lock, seconds)  # without signals: no write ends half done
             return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-        except OSError:
-            return True
-        clock.pause(LOCK_POLL_SECONDS)
+        return False
+    except OSError:  # no locks here
+        pass
+    return True
 
 @contextlib.contextmanager
 def locked(path, seconds=LOCK_SECONDS):
@@ -3346,6 +3125,7 @@ def locked(path, seconds=LOCK_SECONDS):
         yield _try_lock(fcntl, descriptor, seconds)
     finally:
         os.close(descriptor)
+        Waiter().pause(LOCK_GAP_SECONDS)
 
 # An entry of the history is one line, a JSON string, since it may hold line ends.
 
@@ -3372,6 +3152,20 @@ def read_history(path):
                 entries.append(str(parse_json(line.decode("utf-8", "replace"))))
     return entries
 
+def _append_line(path, lines, line):
+    if lines and not lines[-1].endswith(b"\n"):  # a write that was cut off
+        line = b"\n" + line
+    size = sum(map(len, lines)) + len(line)
+    if size <= MAX_HISTORY_BYTES and len(lines) < MAX_HISTORY_ENTRIES:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "ab") as file:
+            file.write(line)
+        return
+    lines = (lines + [line])[-MAX_HISTORY_ENTRIES:]
+    while size > MAX_HISTORY_BYTES:
+        size -= len(lines.pop(0))
+    write_private(path, b"".join(lines).decode("utf-8", "replace"))
+
 def append_history(path, entry):
     """Add *entry* to the history file *path* and drop the oldest entries over its limits.
 
@@ -3389,20 +3183,6 @@ def append_history(path, entry):
     except OSError as error:
         raise UsageError(f"cannot write {utf8_argument(path)}: {os_reason(error)}") from error
     return is_locked
-
-def _append_line(path, lines, line):
-    if lines and not lines[-1].endswith(b"\n"):  # a write that was cut off
-        line = b"\n" + line
-    size = sum(map(len, lines)) + len(line)
-    if size <= MAX_HISTORY_BYTES and len(lines) < MAX_HISTORY_ENTRIES:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "ab") as file:
-            file.write(line)
-        return
-    lines = (lines + [line])[-MAX_HISTORY_ENTRIES:]
-    while size > MAX_HISTORY_BYTES:
-        size -= len(lines.pop(0))
-    write_private(path, b"".join(lines).decode("utf-8", "replace"))
 
 # Conversations
 
@@ -3423,9 +3203,6 @@ def read_conversation(path):
     except (UnusableInputError, UsageError) as error:
         raise UsageError(f"{utf8_argument(path)}: {error}") from error
 
-# Start in UTC, process, and a number where one process starts several within a second.
-_CONVERSATION_NAME = re.compile(r"(\d{8}T\d{6}Z)-(\d+)(-\d+)?\.json\Z")
-
 def _written_at(path):
     with contextlib.suppress(OSError):  # another process removed it
         return os.stat(path).st_mtime, path
@@ -3443,30 +3220,45 @@ def list_conversations():
 def new_conversation_path(started=None):
     """Return a free path in the state folder for a conversation *started* at that stamp, or now."""
     started = started or time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    name = f"{started}-{os.getpid()}"
-    for number in itertools.count(2):
-        path = state_path(os.path.join("conversations", name + ".json"))
-        if not os.path.lexists(path):
-            return path
-        name = f"{started}-{os.getpid()}-{number}"
+    stem = state_path(os.path.join("conversations", f"{started}-{os.getpid()}"))
+    path = stem + ".json"
+    number = 1
+    while os.path.lexists(path):
+        number += 1
+        path = f"{stem}-{number}.json"
+    return path
 
-def claim_conversation(path):
-    """Return the new path of the conversation *path* with our process in its name.
-
-    Return None where its process may still run, and it is to be copied.
-    """
-    started, process = _CONVERSATION_NAME.match(os.path.basename(path)).groups()[:2]
+def _may_run(process):
     if os.name != "posix":  # os.kill ends processes there
-        return None
+        return True
     try:
-        os.kill(int(process), 0)
+        os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
-        ours = new_conversation_path(started)
-        os.rename(path, ours)
-        return ours
-    except PermissionError:  # another user's
-        return None
-    return None
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+def newest_conversation(claims):
+    """Return (path, what read_conversation() returns) of the one in the state folder written last.
+
+    With *claims* its name gets our process, and path is the new one.  The path is None where
+    another process may still keep it, or nothing is claimed.  Raise UsageError where there is none.
+    """
+    paths = list_conversations()
+    if not paths:
+        folder = shown_path(state_path("conversations"))
+        raise UsageError(f"there is no conversation to continue in {folder}")
+    newest = read_conversation(paths[0])
+    started, process = _CONVERSATION_NAME.match(os.path.basename(paths[0])).groups()[:2]
+    if not claims or _may_run(int(process)):
+        return None, newest
+    ours = new_conversation_path(started)
+    try:
+        os.rename(paths[0], ours)
+    except OSError:  # another process was faster
+        return None, newest
+    return ours, newest
 
 class ConversationStore:
     """Keeps a conversation on disk: in the file that the user named, else in the state folder.
@@ -3566,32 +3358,29 @@ def read_config():
         config.warnings.append(f"others can read {name}: chmod 600 it")
     return config
 
-def change_config(change):
-    """Change the config file, and return its new Config.
+@contextlib.contextmanager
+def change_config():
+    """Yield the Config of the config file as a Namespace, then write what was changed in it.
 
-    *change* takes the old Config, and returns the name of the current deployment, or None, and
-    the deployments.  Raise UsageError where the file cannot be read or written.
+    Raise UsageError where the file cannot be read or written.
     """
     path = config_path()
-    name = utf8_argument(path)
     folder = os.path.dirname(path)
     make_private_folder(folder)
-    with locked(folder, CONFIG_LOCK_SECONDS):  # not the file, which is replaced
+    with locked(folder, CONFIG_LOCK_SECONDS):  # not the file, since it is replaced
         mark, text = read_config_text(path)
-        current, deployments = change(parse_config(text, name))
-        edited = edit_config(text, name, current, deployments)
+        config = argparse.Namespace(**parse_config(text, utf8_argument(path))._asdict())
+        yield config
+        edited = edit_config(text, config.path, config.current, config.deployments)
         write_private(path, mark + edited)
-    return parse_config(edited, name)
 
-def keychain_command(service):
-    """Return the words of the command that prints the key of *service* in a keychain."""
+def _keychain_words(service):
     from shutil import which
 
-    commands = (["security", "find-generic-password", "-s", service, "-w"],  # macOS
-                ["secret-tool", "lookup", "service", service])  # Linux
-    for words in commands:
-        if which(words[0]):
-            return words
+    if which("security"):  # macOS
+        return ["security", "find-generic-password", "-s", service, "-w"]
+    if which("secret-tool"):  # Linux
+        return ["secret-tool", "lookup", "service", service]
     raise UsageError(f"the API key is {service!r} in a keychain, and neither security nor "
                      f"secret-tool is here to read it: set {ENV_API_KEY}")
 
@@ -3601,37 +3390,35 @@ def fetch_key(deployment, waiter):
     The program gets no standard input, since that may be the message.  A command may ask the
     user for something, so its stderr is ours.  Raise UsageError, or as waiter.check() does.
     """
-    import subprocess
     from shlex import split
+    from subprocess import DEVNULL, PIPE, Popen
 
     service = deployment.get("api_key_keychain")
     command = deployment.get("api_key_command")
+    stderr = None
     try:
         if service:
-            words = keychain_command(service)
+            words = _keychain_words(service)
             command = words[0]
-            stderr = subprocess.PIPE
+            stderr = PIPE
         else:
             words = split(command) or [command]
-            stderr = None
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=stderr)
-    except OSError as error:
-        raise UsageError(f"cannot run {command} for the API key: {os_reason(error)}") from error
-    except ValueError as error:
-        raise UsageError(f"cannot run {command} for the API key: {error}") from error
+        process = Popen(words, stdin=DEVNULL, stdout=PIPE, stderr=stderr)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise UsageError(f"cannot run {command} for the API key: {reason}") from error
     try:
         output, errors = waiter.run_in_thread(process.communicate, None)
-    finally:
-        if process.poll() is None:  # interrupted
-            process.kill()
-            process.wait()
+    finally:  # an interrupt leaves the program running
+        process.kill()
+        process.wait()
     key = output.decode("utf-8", "replace").partition("\n")[0].strip()
     if process.returncode or not key:
         message = f"{command} gave no API key (status {process.returncode})"
-        lines = (errors or b"").decode("utf-8", "replace").split("\n")
-        reasons = [line.strip() for line in lines if line.strip()]
-        raise UsageError(": ".join([message] + reasons[-1:]))
+        reason = (errors or b"").decode("utf-8", "replace").strip().rpartition("\n")[2]
+        if reason:
+            message += f": {reason}"
+        raise UsageError(message)
     return key
 
 Attachment = namedtuple("Attachment", [
@@ -3651,41 +3438,32 @@ MEDIA_TYPES = (
     (rb"(?s)RIFF....WAVE", "audio/wav"),
     (rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", "audio/mp3"),  # a tag, or layer III
 )
-# Logs hold backspaces, form feeds and escapes. Text holds none of the other control characters.
+# Logs contain backspaces, form feeds and escapes, but no other control characters.
 NOT_TEXT = "[\x01-\x07\x0e-\x1a\x1c-\x1f\x7f]"
 
-def _build_part(data, media_type):
-    from base64 import b64encode
+def _media_part(data):
+    for first_bytes, media_type in MEDIA_TYPES:
+        if not re.match(first_bytes, data):
+            continue
+        from base64 import b64encode
 
-    encoded = b64encode(data).decode("ascii")
-    kind, _, form = media_type.partition("/")
-    if kind == "audio":
-        audio = {"data": encoded, "format": form}
-        return {"type": "input_audio", "input_audio": audio}
-    image = {"url": f"data:{media_type};base64,{encoded}"}
-    return {"type": "image_url", "image_url": image}
+        encoded = b64encode(data).decode("ascii")
+        if media_type.startswith("audio/"):
+            audio = {"data": encoded, "format": media_type[6:]}
+            return {"type": "input_audio", "input_audio": audio}
+        return {"type": "image_url", "image_url": {"url": f"data:{media_type};base64,{encoded}"}}
+    return None
 
-def read_attachment(path, data=None):
-    """Return the Attachment that the file *path* is, or *data* from standard input.
+def parse_attachment(name, shown, data):
+    """Return the Attachment for *data*, the contents of *shown*.
 
-    Raise UnusableInputError where it cannot be read, is empty, is larger than
-    MAX_ATTACHMENT_BYTES, or is neither text nor an image or audio of a known kind.
+    Raise UnusableInputError where it is empty, or neither text nor a known image or audio.
     """
-    if data is None:
-        shown = utf8_argument(path)
-        name = os.path.basename(shown)
-        try:
-            data = read_file(path, MAX_ATTACHMENT_BYTES)
-        except UsageError as error:
-            raise UnusableInputError(str(error)) from error
-    else:
-        name = None
-        shown = "standard input"
     if not data.strip():
         raise UnusableInputError(f"cannot attach {shown}: it is empty")
-    for first_bytes, media_type in MEDIA_TYPES:
-        if re.match(first_bytes, data):
-            return Attachment(name, len(data), None, _build_part(data, media_type), None)
+    part = _media_part(data)
+    if part:
+        return Attachment(name, len(data), None, part, None)
     text, replaced = decode_text(data)
     odd_count = replaced + len(re.findall(NOT_TEXT, text))
     if "\0" in text or 10 * odd_count > len(text):
@@ -3696,16 +3474,14 @@ def read_attachment(path, data=None):
         note = f"{shown} is not UTF-8: {plural(replaced, 'byte')} replaced"
     return Attachment(name, len(data), text, None, note)
 
-def _text_block(attachment):
-    text = attachment.text
-    if attachment.name is None:
-        return text
-    if not text.endswith("\n"):
-        text += "\n"
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{attachment.name}:\n{fence}\n{text}{fence}"
+def read_attachment(path):
+    """Return the Attachment for the file *path*, or raise UnusableInputError."""
+    try:
+        data = read_file(path, MAX_ATTACHMENT_BYTES)
+    except UsageError as error:
+        raise UnusableInputError(str(error)) from error
+    shown = utf8_argument(path)
+    return parse_attachment(os.path.basename(shown), shown, data)
 
 def build_question(text, attachments=()):
     """Return the user's message of *text* and *attachments*: plain text where all of it is text.
@@ -3716,10 +3492,17 @@ def build_question(text, attachments=()):
     if sum(attachment.size for attachment in attachments) > MAX_ATTACHMENT_BYTES:
         limit = MAX_ATTACHMENT_BYTES >> 20
         raise UnusableInputError(f"the attached files are larger than {limit} MiB together")
-    blocks = [_text_block(attachment) for attachment in attachments if attachment.text]
+    blocks = [text] if text else []
+    for attachment in attachments:
+        block = attachment.text
+        if block and attachment.name is not None:
+            fence = "```"
+            while fence in block:
+                fence += "`"
+            block = f"{attachment.name}:\n{fence}\n{end_line(block)}{fence}"
+        if block:
+            blocks.append(block)
     parts = [attachment.part for attachment in attachments if attachment.part]
-    if text:
-        blocks.insert(0, text)
     return build_message("\n\n".join(blocks), parts)
 
 # -- Transport --------------------------------------------------------------------------------
@@ -3742,26 +3525,27 @@ Route = namedtuple("Route", [
 class ConnectLog:
     """What is done on the way to an answer: the steps of connecting, and lines for --verbose.
 
-    *trace* is called with each line.
+    *trace* is None, or is called with each line.
     """
 
     def __init__(self, trace=None):
         self.steps = []
         self.sent_at = None  # monotonic time at which the newest try began
-        self._trace = trace
+        self.trace = trace
         self._since = time.monotonic()
 
-    def line(self, text):
-        """Show one line of --verbose."""
-        if self._trace:
-            self._trace(text)
+    def show_lines(self, mark, lines):
+        """Show *lines* of --verbose, each after *mark* and a blank."""
+        for line in lines:
+            if self.trace:
+                self.trace(f"{mark} {line}")
 
     def add_step(self, name, sentence, **facts):
         """Note that the step *name* ended now, and show its *sentence*."""
         now = time.monotonic()
         self.add(ConnectStep(name, now - self._since, sentence, facts))
         self._since = now
-        self.line("* " + sentence)
+        self.show_lines("*", [sentence])
 
     def add(self, step):
         """Keep the ConnectStep *step*."""
@@ -4015,8 +3799,8 @@ class Stream:
 
         Raise OSError.
         """
-        for line in redact_head(data):
-            self.log.line("> " + line)
+        if self.log.trace:
+            self.log.show_lines(">", redact_head(data))
         rest = memoryview(data)
         while rest and not self._early:
             try:
@@ -4085,15 +3869,15 @@ def connect_address(address, waiter, seconds):
     return sock
 
 def connect_socket(addresses, waiter, deadline):
-    """Return a socket connected to the first of *addresses* that answers; raise OSError.
+    """Return a socket connected to the first of *addresses* that answers, and its IP address.
 
-    The monotonic time *deadline* is one for all of them.
+    Raise OSError.  The monotonic time *deadline* is one for all of them.
     """
     failure = OSError("no address")
     for count, address in zip(range(len(addresses), 0, -1), addresses):
         seconds = max(0.001, (deadline - time.monotonic()) / count)
         try:
-            return connect_address(address, waiter, seconds)
+            return connect_address(address, waiter, seconds), address[4][0]
         except OSError as error:
             failure = error
     raise failure
@@ -4114,8 +3898,7 @@ def read_tunnel_head(stream, deadline):
         decoder.feed(data)
         if not data:
             decoder.finish()
-    for line in decoder.head.lines:
-        stream.log.line("< " + line)
+    stream.log.show_lines("<", decoder.head.lines)
     return decoder.head
 
 def open_tunnel(stream, seconds, deadline):
@@ -4166,13 +3949,6 @@ def start_tls(sock, host, context, waiter, deadline):
         wrapped.close()
         raise
 
-def peer_address(sock):
-    """Return the IP address at the other end of *sock*, or None if it has gone already."""
-    try:
-        return sock.getpeername()[0]
-    except OSError:
-        return None
-
 def open_stream(route, settings, waiter, log):
     """Return a Stream to the server, or to its proxy, with TLS and a tunnel where needed.
 
@@ -4189,10 +3965,10 @@ def open_stream(route, settings, waiter, log):
         addresses = resolve(host, port, waiter, seconds)
         names = list(dict.fromkeys(address[4][0] for address in addresses))
         log.add_step("name", f"{host} is {', '.join(names)}", addresses=names)
-        sock = connect_socket(addresses, waiter, deadline)
+        sock, address = connect_socket(addresses, waiter, deadline)
     except (OSError, UnicodeError) as error:
         raise connect_error(error, place, seconds) from error
-    log.add_step("connection", "connected to " + place, address=peer_address(sock))
+    log.add_step("connection", "connected to " + place, address=address)
     if not route.tls:
         return Stream(sock, waiter, route, settings.timeout, log)
     try:
@@ -4393,8 +4169,7 @@ def open_response(request, settings, waiter, log):
     """
     route = find_route(request.url)
     with contextlib.closing(send_request(request, route, settings, waiter, log)) as response:
-        for line in response.head.lines:
-            log.line("< " + line)
+        log.show_lines("<", response.head.lines)
         response.context = build_context(response.head, request, route, settings)
         yield response
 
@@ -4410,7 +4185,9 @@ class Output:
     """
 
     def __init__(self, stream, environ, waiter):
-        self._fd = stream.fileno() if stream else -1  # closed: writing fails as it should
+        self._fd = -1  # closed
+        if stream:
+            self._fd = stream.fileno()
         self._waiter = waiter
         self.is_terminal = bool(stream) and stream.isatty()
         self._console = None
@@ -4430,6 +4207,10 @@ class Output:
 
     def write(self, text):
         """Write *text* whole; raise OSError where that fails, and as Waiter.wait() does."""
+        import errno
+
+        if self._fd < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         rest = text.encode(self._encoding, "replace")
         while rest:
             if self._console:
@@ -4443,12 +4224,14 @@ class Output:
     def draw(self, text):
         """Write a few bytes of *text* from any thread, if the terminal takes them now."""
         with contextlib.suppress(OSError):
-            if os.name != "posix" or poll_once([], [self._fd], 0)[1]:
+            if self.is_ready():
                 os.write(self._fd, text.encode(self._encoding, "replace"))
 
     def is_ready(self):
         """Return True if a few bytes can be written without a wait."""
-        return os.name != "posix" or bool(poll_once([], [self._fd], 0)[1])
+        if os.name != "posix":
+            return True
+        return self._fd >= 0 and bool(poll_once([], [self._fd], 0)[1])
 
     def width(self):
         """Return the columns of the terminal."""
@@ -4600,7 +4383,7 @@ class Console:
             except Suspended:
                 self.waiter.suspend()
             except UnicodeDecodeError:
-                raise UnusableInputError(
+                raise UsageError(
                     "what was typed is not text in the terminal's encoding") from None
 
     def read_piped_line(self):
@@ -4626,18 +4409,6 @@ class Console:
                 continue
             except OSError as error:
                 raise UsageError(f"cannot read standard input: {os_reason(error)}") from error
-
-    def set_echo(self, on):
-        """Show what is typed, or keep it off the screen until the next prompt shows it."""
-        try:
-            import termios
-        except ImportError:  # not POSIX
-            return
-        with contextlib.suppress(termios.error):
-            if self.err.in_foreground():
-                mode = termios.tcgetattr(self._stdin)
-                mode[3] = mode[3] | termios.ECHO if on else mode[3] & ~termios.ECHO
-                termios.tcsetattr(self._stdin, termios.TCSANOW, mode)
 
     # The spinner
 
@@ -4690,13 +4461,14 @@ class Console:
     # Standard error
 
     def print_line(self, line, dim=False):
-        """Write *line* to stderr; where that cannot be done there is nobody to tell."""
+        """Write *line* to stderr, sanitized and without secrets."""
         line = redact(sanitize(line.replace("\n", " ")), self.secrets)
         if dim and self.err.styled:
             line = DIM + line + RESET
-        self._write_error(line + "\n")
+        self.write_error(line + "\n")
 
-    def _write_error(self, text):
+    def write_error(self, text):
+        """Write *text* to stderr as it is; where that cannot be done there is nobody to tell."""
         self.stop_spinner()
         with contextlib.suppress(OSError):
             self.err.write(text)
@@ -4729,7 +4501,7 @@ class Console:
         if self.err.styled:
             word = RED + word + RESET
         line = redact(sanitize(str(error).replace("\n", " ")), self.secrets)
-        self._write_error(f"xeroctl: {word}: {line}\n")
+        self.write_error(f"xeroctl: {word}: {line}\n")
 
     def print_report(self, kind, pairs):
         """Write the (name, value) *pairs* to stderr as an aligned block, as JSON with -o json."""
@@ -4750,7 +4522,7 @@ class Console:
         for name, value in fields.items():
             if isinstance(value, str):  # before a key with a quote in it is escaped
                 fields[name] = redact(value, self.secrets)
-        self._write_error(redact(sanitize(json.dumps(fields)), self.secrets) + "\n")
+        self.write_error(redact(sanitize(json.dumps(fields)), self.secrets) + "\n")
 
 # -- Client -----------------------------------------------------------------------------------
 
@@ -4794,7 +4566,7 @@ def stream_once(request, settings, console, log=None):
     A reply that is not streamed is one Chunk.  Raise the error that the reply holds, after the
     Chunks before it.
     """
-    log = log or ConnectLog(console.trace)
+    log = log or ConnectLog(console.verbose and console.trace)
     log.sent_at = time.monotonic()
     with open_response(request, settings, console.waiter, log) as response:
         check_status(response, settings)
@@ -4838,7 +4610,7 @@ def pause_before_retry(error, attempt, settings, console):
 
 def request_json(request, settings, console, log=None):
     """Send *request* and return the JSON document that answers it; retry where that may help."""
-    log = log or ConnectLog(console.trace)
+    log = log or ConnectLog(console.verbose and console.trace)
     for attempt in itertools.count(1):
         try:
             with console.spinner("waiting"):
@@ -4893,136 +4665,101 @@ def send_dry_run(request, settings, console):
 # -- Views ------------------------------------------------------------------------------------
 
 class TextView:
-    """Show an answer as its text: as it comes if *streamed*, else whole at its end.
+    """Show an answer as text, as it comes; a whole answer in a pipe is one write.
 
-    A whole answer is one write, so that processes that share a pipe do not mix short answers.
+    On a terminal the text is styled as Markdown unless *plain*, and what is inside <think> is
+    dim.  With *shows_reasoning* all reasoning goes to stderr instead.
     """
 
-    def __init__(self, console, streamed):
+    def __init__(self, console, streamed, plain, shows_reasoning):
         self.started = False  # there is something to show
         self._console = console
         self._streamed = streamed
-        self._held = []
-        self._last = ""  # character
-
-    def show(self, chunk):
-        """Show the text of *chunk*."""
-        if not chunk.text:
-            return
-        self.started = True
-        self._last = chunk.text[-1]  # before the write, in which an interrupt may come
-        if self._streamed:
-            self._console.write(chunk.text)
-        else:
-            self._held.append(chunk.text)
-
-    def finish(self):
-        """Show what is held, and end the answer with a newline if it has none."""
-        text = "".join(self._held)
-        if self._last != "\n":
-            text += "\n"
-        self._held = []
-        self._last = "\n"
-        if text:
-            self._console.write(text)
-
-class StyledView(TextView):
-    """Show an answer on a terminal as styled Markdown, with what is inside <think> dim."""
-
-    def __init__(self, console):
-        super().__init__(console, True)
-        self._columns = console.out.width()
-        self._styler = MarkdownStyler(self._columns, console.out.styled)
+        self._shows_reasoning = shows_reasoning
         self._splitter = ThoughtSplitter()
-
-    def show(self, chunk):
-        """Show the text of *chunk*."""
-        self._show(*self._splitter.feed(sanitize(chunk.text)))
-
-    def finish(self):
-        """Show what is held, and end the answer with a newline if it has none."""
-        self._show(*self._splitter.finish())
-        self._write(self._styler.finish())
-        super().finish()
-
-    def _show(self, thought, answer):
-        columns = self._console.out.width()
-        if columns != self._columns:
-            self._columns = columns
-            self._styler.resize(columns)
-        output = ""
-        for text, is_thought in ((thought, True), (answer, False)):
-            if text:
-                self.started = True
-                self._last = text[-1]
-                self._styler.dim = is_thought
-                output += self._styler.feed(text)
-        self._write(output)
-
-    def _write(self, text):
-        if text:
-            self._console.write_styled(text)
-
-class ReasoningView:
-    """Show reasoning on stderr, dim where it has colours, and the rest of an answer in *view*.
-
-    Reasoning is what comes as such, and what stands inside <think> at the head of the answer.
-    """
-
-    def __init__(self, console, view):
-        self._console = console
-        self._view = view
-        self._splitter = ThoughtSplitter()
-        self._chunk = None  # the last one
-        self._last = ""  # character of the reasoning
-
-    @property
-    def started(self):
-        """True once there is something of the answer to show."""
-        return self._view.started
+        self._styler = None
+        if not plain:
+            self._styler = MarkdownStyler(console.out.width(), console.out.styled)
+        self._held = ""  # of a whole answer
+        self._last = ""  # character of the answer
+        self._last_thought = ""  # character of the reasoning on stderr
 
     def show(self, chunk):
         """Show what *chunk* brings."""
-        self._chunk = chunk
-        self._show_reasoning(chunk.reasoning)
-        self._show(*self._splitter.feed(chunk.text))
+        thought, answer = self._splitter.feed(chunk.text)
+        if self._shows_reasoning:
+            self._show_reasoning(chunk.reasoning)
+        self._show(thought, answer)
 
     def finish(self):
-        """Show what is held, and end both with a newline."""
+        """Show what is held, and end the answer with a newline if it has none."""
         self._show(*self._splitter.finish())
+        self._splitter = ThoughtSplitter()
         self._end_reasoning()
-        self._view.finish()
+        text = self._held
+        if self._styler:
+            text = self._styler.finish()
+        if self._last != "\n":
+            text += "\n"
+        self._held = ""
+        self._last = "\n"
+        self._write(text)
 
     def _show(self, thought, answer):
-        self._show_reasoning(thought.replace(THINK_START, "").replace(THINK_END, ""))
-        if answer:
-            self._end_reasoning()
+        if self._shows_reasoning:
+            self._show_reasoning(thought.replace(THINK_START, "").replace(THINK_END, ""))
+            if answer:
+                self._end_reasoning()
             if not self.started:
                 answer = answer.lstrip("\n")  # the blank line after the reasoning
-            self._view.show(self._chunk._replace(text=answer))
+        else:
+            self._show_text(thought, True)
+        self._show_text(answer, False)
 
-    def _show_reasoning(self, text):
-        if not self._last:
-            text = text.lstrip("\n")
-        if text:
-            self._last = text[-1]
-            text = sanitize(text)
-            if self._console.err.styled:
-                text = DIM + text + RESET
+    def _show_text(self, text, is_thought):
+        if not text:
+            return
+        self.started = True
+        self._last = text[-1]  # before the write, in which an interrupt may come
+        if self._styler:
+            self._styler.resize(self._console.out.width())
+            self._styler.dim = is_thought
+            text = self._styler.feed(sanitize(text))
+        if self._styler or self._streamed:
             self._write(text)
-
-    def _end_reasoning(self):
-        if self._last and self._last != "\n":
-            self._write("\n")
-        self._last = ""
+        else:
+            self._held += text
 
     def _write(self, text):
-        self._console.stop_spinner()
-        with contextlib.suppress(OSError):  # nobody to tell
-            self._console.err.write(text)
+        if text and self._styler:
+            self._console.write_styled(text)
+        elif text:
+            self._console.write(text)
 
-def _escape_match(match):
-    return json.dumps(match.group())[1:-1]
+    def _show_reasoning(self, text):
+        if not self._last_thought:
+            text = text.lstrip("\n")
+        if not text:
+            return
+        self._last_thought = text[-1]
+        text = sanitize(text)
+        if self._console.err.styled:
+            text = DIM + text + RESET
+        self._console.write_error(text)
+
+    def _end_reasoning(self):
+        if self._last_thought not in ("", "\n"):
+            self._console.write_error("\n")
+        self._last_thought = ""
+
+def _write_json(text, console):
+    if not console.out.can_show(text):
+        text = re.sub("[^\x00-\x7f]+", lambda match: json.dumps(match.group())[1:-1], text)
+    console.write(text + "\n")
+
+def show_json(document, console):
+    """Write *document* to stdout, indented for a reader."""
+    _write_json(json_text(document, indent=2), console)
 
 class JsonView:
     """Show the server's own documents: a line each if *streamed*, else the one, indented."""
@@ -5031,73 +4768,55 @@ class JsonView:
         self.started = False  # there is something to show
         self._console = console
         self._streamed = streamed
-        self._held = None  # the Chunk of a whole reply
+        self._document = None  # a whole reply
+        self._lines = []
 
     def show(self, chunk):
         """Show the documents of *chunk*, as the server wrote them where each is a line."""
-        if self._held or not self._streamed and len(chunk.documents) > 1:
-            self._streamed = True  # though we asked for none
-            self.finish()
-        if self._streamed and chunk.documents:
-            self._show_lines(chunk)
-        elif chunk.documents:
-            self._held = chunk
-            self.started = bool(chunk.text)
+        for document, source in zip(chunk.documents, chunk.sources):
+            self._document = document
+            self._lines.append(source or json_text(document))
+        if len(self._lines) > 1:
+            self._streamed = True  # though nobody asked for a stream
+        if self._streamed and self._lines:
+            self.started = True
+            _write_json("\n".join(self._lines), self._console)
+            self._lines = []
+        self.started = self.started or bool(chunk.text)
 
     def finish(self):
         """Show what is held."""
-        chunk = self._held
-        self._held = None
-        if chunk and self._streamed:
-            self._show_lines(chunk)
-        elif chunk:
-            self.show_document(chunk.documents[0])
-
-    def show_document(self, document):
-        """Show *document*, indented for a reader."""
-        self._write(json_text(document, indent=2))
-
-    def _show_lines(self, chunk):
-        lines = chunk.sources
-        if None in lines:
-            lines = []
-            for document, source in zip(chunk.documents, chunk.sources):
-                lines.append(source or json_text(document))
-        self._write("\n".join(lines))
-
-    def _write(self, text):
-        if not self._console.out.can_show(text):
-            text = re.sub("[^\x00-\x7f]+", _escape_match, text)
-        self.started = True
-        self._console.write(text + "\n")
+        if self._lines:
+            self._lines = []
+            show_json(self._document, self._console)
 
 def build_view(console, streamed, plain=False, show_reasoning=False):
     """Return the view for an answer; *plain* turns styles and wrapping off."""
     if console.json:
         return JsonView(console, streamed)
-    if plain or console.out.dumb:
-        view = TextView(console, streamed)
-    else:
-        view = StyledView(console)
-    if show_reasoning:
-        return ReasoningView(console, view)
-    return view
+    return TextView(console, streamed, plain or console.out.dumb, show_reasoning)
+
+def receive_answer(request, settings, console, reply, show):
+    """Send *request*, and hand each Chunk of the answer to *reply* and to *show*.
+
+    In the end *reply* knows the seconds that the answer, and its first token, took.
+    """
+    log = ConnectLog(console.trace)
+    with contextlib.closing(stream_answer(request, settings, console, log)) as chunks:
+        for chunk in chunks:
+            reply.add(chunk)
+            show(chunk)
+    reply.seconds = time.monotonic() - log.sent_at
+    if reply.first_at is not None:
+        reply.first_seconds = reply.first_at - log.sent_at
 
 def show_answer(request, settings, console, view, reply):
     """Send *request*, show the answer in *view* as it comes and add it to *reply*.
 
-    Return the seconds that the try took that answered.  Where the answer fails, what came of it
-    is shown first.
+    Where the answer fails, what came of it is shown first.
     """
-    log = ConnectLog(console.trace)
     try:
-        with contextlib.closing(stream_answer(request, settings, console, log)) as chunks:
-            for chunk in chunks:
-                reply.add(chunk)
-                view.show(chunk)
-        reply.seconds = time.monotonic() - log.sent_at
-        if reply.first_at is not None:
-            reply.first_seconds = reply.first_at - log.sent_at
+        receive_answer(request, settings, console, reply, view.show)
         if not console.json:
             reply.check_answer()
         view.finish()
@@ -5108,11 +4827,6 @@ def show_answer(request, settings, console, view, reply):
             with contextlib.suppress(OSError, OutputError):  # what happened first counts
                 view.finish()
         raise
-    return reply.seconds
-
-def show_json(document, console):
-    """Show *document* on stdout."""
-    JsonView(console, False).show_document(document)
 
 def show_rows(document, names, rows, console):
     """Show *rows* of texts: on a terminal as a table under *names*, else separated by tabs.
@@ -5130,8 +4844,6 @@ def show_rows(document, names, rows, console):
         lines = ["\t".join(map(one_line, row)) for row in rows]
     console.write_styled("".join(line + "\n" for line in lines))
 
-FIGURE_NAMES = {"tokens_per_second": "tokens/s after the first"}  # the footer's is over all
-
 def report_reply(reply, seconds, streamed, show_usage, console):
     """Tell on stderr how *reply* ended and, in *seconds* and tokens, what it took."""
     warning = finish_warning(reply)
@@ -5143,102 +4855,83 @@ def report_reply(reply, seconds, streamed, show_usage, console):
     if streamed and not console.json and not console.quiet:
         console.print_line(footer_line(reply, seconds), dim=True)
     if show_usage:
-        pairs = usage_fields(reply, seconds, streamed)
-        if not console.json:
-            pairs = [(FIGURE_NAMES.get(name, name), value) for name, value in pairs]
-        console.print_report("token_usage", pairs)
+        fields = usage_fields(reply, seconds, streamed)
+        rate = fields.get("tokens_per_second")
+        if rate is not None and not console.json:  # the footer's rate is over the whole time
+            fields["tokens/s after the first"] = fields.pop("tokens_per_second")
+        console.print_report("token_usage", fields.items())
+
 # -- Demo endpoint ----------------------------------------------------------------------------
 
-DEMO_OPENINGS = ("Hello from the practice endpoint!", "The practice endpoint speaking.",
-                 "You have reached the practice endpoint.")
-DEMO_ADVICE = (
-    f"To talk to a real endpoint, put its key into {ENV_API_KEY} and run:\n"
-    "xeroctl chat --base-url https://api.xerotier.ai/PROJECT/v1 --endpoint SLUG -m Hello\n")
+DEMO_ANSWER = """Hello from the practice endpoint! \
+No model reads this: it runs inside xeroctl, for trying things out. You wrote: {question}
+
+To talk to a real endpoint, put its key into {variable} and run:
+xeroctl chat --base-url https://api.xerotier.ai/PROJECT/v1 --endpoint SLUG -m Hello
+"""
+DEMO_QUESTION = {"role": "user", "content": "What do koalas eat?"}  # of the one stored completion
+DEMO_TAGS = {"sample": "1"}
+DEMO_TOKEN = r"\S+\s*"
 DEMO_FIRST_TOKEN_SECONDS = 0.4
 DEMO_TOKEN_SECONDS = 0.02
 
-class DemoServer:
-    """What the endpoint of --demo knows and answers; no model is behind it."""
+def _demo_completion(messages, metadata, max_tokens=None):
+    """Return the completion that answers *messages*."""
+    prompt = " ".join(content_text(message) for message in messages)
+    question = content_text(messages[-1])
+    words = re.findall(DEMO_TOKEN, DEMO_ANSWER.format(question=question, variable=ENV_API_KEY))
+    finish_reason = "stop"
+    if max_tokens is not None and max_tokens < len(words):
+        finish_reason = "length"
+        words = words[:max_tokens]
+    prompt_tokens = len(prompt.split())
+    message = {"role": "assistant", "content": "".join(words)}
+    return {
+        "id": "chatcmpl-practice-1",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": "practice",
+        "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
+        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(words),
+                  "total_tokens": prompt_tokens + len(words)},
+        "metadata": metadata,
+    }
 
-    def __init__(self):
-        self._stored = {}  # id -> (completion, messages)
-        question = {"role": "user", "content": "What do koalas eat?"}
-        self._complete({"store": True, "seed": 1, "metadata": {"sample": "1"},
-                        "messages": [question]})
+def _demo_chunks(completion):
+    """Yield the chunks of a stream that brings *completion* word by word."""
+    choice = completion["choices"][0]
+    chunk = dict(completion, object="chat.completion.chunk", usage=None)
+    for word in re.findall(DEMO_TOKEN, choice["message"]["content"]):
+        yield dict(chunk, choices=[{"index": 0, "delta": {"content": word}}])
+    end = {"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}
+    yield dict(chunk, choices=[end], usage=completion["usage"])
 
-    def answer(self, method, target, body):
-        """Return the HTTP status and the list of documents that answer a request."""
-        from urllib.parse import parse_qsl
+def answer_demo(method, target, body):
+    """Return the HTTP status and the document that the endpoint of --demo answers with."""
+    from urllib.parse import parse_qsl
 
-        path, _, query = target.partition("?")
-        path = path.partition("/v1")[2]
-        if path == "/models":
-            return 200, [{"object": "list", "data": [{"id": "practice", "object": "model"}]}]
-        if path == CHAT_PATH and method == "POST":
-            return 200, self._complete(body)
-        if path == CHAT_PATH:
-            return 200, [self._list(dict(parse_qsl(query, keep_blank_values=True)))]
-        name, _, part = path[len(CHAT_PATH) + 1:].partition("/")
-        if name not in self._stored or part not in ("", "messages"):
-            message = f"there is no {name or path} here"
-            return 404, [{"error": {"message": message, "code": "not_found"}}]
-        completion, messages = self._stored[name]
-        if part:
-            return 200, [{"object": "list", "data": messages, "has_more": False}]
-        if method == "POST":
-            completion["metadata"] = body["metadata"]
-        if method == "DELETE":
-            del self._stored[name]
-            return 200, [{"id": name, "object": "chat.completion.deleted", "deleted": True}]
-        return 200, [completion]
-
-    def _complete(self, body):
-        """Return the documents of the answer: one, or the chunks of a stream."""
-        from random import Random
-
-        messages = [content_text(message) for message in body["messages"]]
-        opening = Random(body.get("seed")).choice(DEMO_OPENINGS)
-        words = re.findall(r"\S+\s*", (
-            f"{opening} No model reads this: it runs inside xeroctl, for trying things out. "
-            f"You wrote: {messages[-1]}\n\n{DEMO_ADVICE}"))
-        limit = body.get("max_tokens", len(words))
-        finish_reason = "length" if limit < len(words) else "stop"
-        words = words[:limit]
-        prompt_tokens = sum(len(message.split()) for message in messages)
-        common = {"id": f"chatcmpl-practice-{len(self._stored) + 1}", "created": int(time.time()),
-                  "model": "practice"}
-        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(words),
-                 "total_tokens": prompt_tokens + len(words)}
-        choice = {"index": 0, "finish_reason": finish_reason,
-                  "message": {"role": "assistant", "content": "".join(words)}}
-        completion = dict(common, object="chat.completion", choices=[choice], usage=usage,
-                          metadata=body.get("metadata") or {})
-        if body.get("store"):
-            self._stored[completion["id"]] = completion, body["messages"]
-        if not body.get("stream"):
-            return [completion]
-        choices = [[{"index": 0, "delta": {"content": word}}] for word in words]
-        choices.append([{"index": 0, "delta": {}, "finish_reason": finish_reason}])
-        common["object"] = "chat.completion.chunk"
-        chunks = [dict(common, choices=one) for one in choices]
-        return chunks + [dict(common, choices=[], usage=usage)]
-
-    def _list(self, query):
-        """Return the list of the stored completions that *query*, a dict of texts, asks for."""
-        tags = {name[len("metadata["):-1]: value for name, value in query.items() if "[" in name}
-        completions = []
-        for completion, _ in self._stored.values():
-            if tags.items() <= completion["metadata"].items():
-                if query.get("model", "practice") == "practice":
-                    completions.append(completion)
-        if query.get("order") == "desc":
-            completions.reverse()
-        ids = [completion["id"] for completion in completions]
-        start = 0
-        if query.get("after") in ids:
-            start = ids.index(query["after"]) + 1
-        end = start + int(query.get("limit", 20))
-        return {"object": "list", "data": completions[start:end], "has_more": end < len(ids)}
+    path, _, query = target.partition("?")
+    path = path.partition("/v1")[2]
+    if path == CHAT_PATH and method == "POST":
+        metadata = body.get("metadata") or {}
+        return 200, _demo_completion(body["messages"], metadata, body.get("max_tokens"))
+    sample = _demo_completion([DEMO_QUESTION], DEMO_TAGS)
+    sample_path = CHAT_PATH + "/" + sample["id"]
+    if path == sample_path and method == "DELETE":
+        return 200, {"id": sample["id"], "deleted": True}
+    if path == sample_path:
+        return 200, dict(sample, **body)  # an update sends the new metadata
+    if path == "/models":
+        items = [{"id": "practice", "object": "model"}]
+    elif path == sample_path + "/messages":
+        items = [DEMO_QUESTION]
+    elif path == CHAT_PATH:
+        filters = dict(parse_qsl(query, keep_blank_values=True), limit="", order="")
+        fitting = {"model": "practice", "metadata[sample]": "1", "limit": "", "order": ""}
+        items = [sample] if filters.items() <= fitting.items() else []
+    else:
+        return 404, {"error": {"message": f"there is no {path} here", "code": "not_found"}}
+    return 200, {"object": "list", "data": items, "has_more": False}
 
 @contextlib.contextmanager
 def demo_endpoint():
@@ -5247,26 +4940,24 @@ def demo_endpoint():
     from http.server import BaseHTTPRequestHandler
     from socketserver import TCPServer, ThreadingMixIn
 
-    demo = DemoServer()
     ended = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):  # HTTP/1.0: a connection for each request
         def do_GET(self):
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length).decode() or "{}")
-            status, documents = demo.answer(self.command, self.path, body)
-            streamed = body.get("stream")
+            status, document = answer_demo(self.command, self.path, body)
             self.send_response(status)
-            self.send_header("Content-Type",
-                             "text/event-stream" if streamed else "application/json")
-            self.end_headers()
-            if "messages" in body:
-                ended.wait(DEMO_FIRST_TOKEN_SECONDS)
-            if not streamed:
-                self.wfile.write(json.dumps(documents[0]).encode())
+            if not body.get("stream"):
+                self.send_header("Content-Type", "application/json")
+                self.end_headers()
+                self.wfile.write(json.dumps(document).encode())
                 return
-            for document in documents:
-                self.wfile.write(f"data: {json.dumps(document)}\n\n".encode())
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            ended.wait(DEMO_FIRST_TOKEN_SECONDS)
+            for chunk in _demo_chunks(document):
+                self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
                 ended.wait(DEMO_TOKEN_SECONDS)
             self.wfile.write(b"data: [DONE]\n\n")
 
@@ -5292,14 +4983,12 @@ def demo_endpoint():
 # -- Chat -------------------------------------------------------------------------------------
 
 MAX_COPY_BYTES = 74000  # in base64 about 100,000, what terminals take
-MAX_CANONICAL_BYTES = 4095  # of a line; the terminal drops the rest (termios(3), canonical mode)
+MAX_CANONICAL_BYTES = 4095  # of a line in a terminal's canonical mode; it drops the rest
 MODELS_SECONDS = 1
 MAX_LISTED_CONVERSATIONS = 10
-PASTE_MARKS_ON, PASTE_MARKS_OFF = "\x1b[?2004h", "\x1b[?2004l"
 CONTEXT_FULL = re.compile(r"context|too (long|many tokens)", re.IGNORECASE)
 
-# name -> (type, lowest, highest) of what /set takes; the ranges are those of the options
-SETTABLE = {
+SETTABLE = {  # name -> (type, lowest, highest): the ranges of the options
     "max_tokens": (int, 1, MAX_NUMBER),
     "temperature": (float, 0, 2),
     "top_p": (float, 0, 1),
@@ -5308,31 +4997,31 @@ SETTABLE = {
     "seed": (int, -MAX_NUMBER, MAX_NUMBER),
 }
 
-ChatCommand = namedtuple("ChatCommand", "name argument method summary")
+ChatCommand = namedtuple("ChatCommand", "name argument summary")  # done by Chat.do_NAME
 
 CHAT_COMMANDS = (  # an argument in brackets may be left out
-    ChatCommand("/help", "", "do_help", "show this"),
-    ChatCommand("/clear", "", "do_clear", "begin anew, keep the system message"),
-    ChatCommand("/system", "[TEXT]", "do_system", "set the system message; - removes it"),
-    ChatCommand("/save", "[FILE]", "do_save", "save the conversation as JSON"),
-    ChatCommand("/load", "[FILE]", "do_load", "take up a saved one; alone: list the last"),
-    ChatCommand("/show", "[N]", "do_show", "show the last N turns (1)"),
-    ChatCommand("/tokens", "", "do_tokens", "show the session's token totals"),
-    ChatCommand("/retry", "", "do_retry", "ask the last question again"),
-    ChatCommand("/undo", "[N]", "do_undo", "take back the last N turns (1)"),
-    ChatCommand("/drop", "[N]", "do_drop", "forget the oldest N turns (1)"),
-    ChatCommand("/edit", "[TEXT]", "do_edit", "write the message in $VISUAL or $EDITOR"),
-    ChatCommand("/attach", "[FILE]", "do_attach", "send a file with the next message"),
-    ChatCommand("/copy", "[code]", "do_copy", "copy the last answer, or its last code"),
-    ChatCommand("/model", "[NAME]", "do_model", "ask for this model; - asks for none"),
-    ChatCommand("/endpoint", "[SLUG]", "do_endpoint", "ask this endpoint"),
-    ChatCommand("/context", "[NAME]", "do_context", "ask this deployment"),
-    ChatCommand("/set", "[NAME VALUE]", "do_set", "set a sampling option; - unsets it"),
-    ChatCommand("/quit", "", "do_quit", "end the session, show its token totals"),
+    ChatCommand("/help", "", "show this"),
+    ChatCommand("/clear", "", "begin anew, keep the system message"),
+    ChatCommand("/system", "[TEXT]", "set the system message; - removes it"),
+    ChatCommand("/save", "[FILE]", "save the conversation as JSON"),
+    ChatCommand("/load", "[FILE]", "take up a saved one; alone: list the last"),
+    ChatCommand("/show", "[N]", "show the last N turns (1)"),
+    ChatCommand("/tokens", "", "show the session's token totals"),
+    ChatCommand("/retry", "", "ask the last question again"),
+    ChatCommand("/undo", "[N]", "take back the last N turns (1)"),
+    ChatCommand("/drop", "[N]", "forget the oldest N turns (1)"),
+    ChatCommand("/edit", "[TEXT]", "write the message in $VISUAL or $EDITOR"),
+    ChatCommand("/attach", "[FILE]", "send a file with the next message"),
+    ChatCommand("/copy", "[code]", "copy the last answer, or its last code"),
+    ChatCommand("/model", "[NAME]", "ask for this model; - asks for none"),
+    ChatCommand("/endpoint", "[SLUG]", "ask this endpoint"),
+    ChatCommand("/context", "[NAME]", "ask this deployment"),
+    ChatCommand("/set", "[NAME VALUE]", "set a sampling option; - unsets it"),
+    ChatCommand("/quit", "", "end the session, show its token totals"),
 )
 CHAT_ALIASES = {"/exit": "/quit", "/bye": "/quit", "/q": "/quit", "/?": "/help"}
 
-CHAT_KEYS = """\
+CHAT_KEYS = """
   Up, Down        recall earlier inputs
   Tab             complete commands, file names, models, deployments
   Ctrl+A, Ctrl+E  to the start, to the end of the line
@@ -5347,81 +5036,63 @@ CHAT_KEYS = """\
 # Typing
 
 class TypeAhead:
-    """The terminal during a chat: keys typed during a reply wait, unseen and whole, for the prompt.
+    """The modes of the terminal: what is typed during a reply waits, unseen, for the next prompt.
 
     With readline the terminal stays out of canonical mode, where a line has at most 4,095 bytes,
-    and marks pastes.  Without readline only the echo is off during a reply.  As a context manager
-    it leaves the terminal as it was, also for Ctrl+Z and Ctrl+\\.
+    and marks pastes.  As a context manager it leaves the terminal as it was, also at Ctrl+Z and
+    Ctrl+\\.
     """
 
-    def __init__(self, console, has_readline, marks_pastes):
+    def __init__(self, console, editor):
         self._console = console
-        self._has_readline = has_readline
-        self._marks_pastes = marks_pastes
-        self._before = None  # terminal attributes at the start
-        self._held = None  # how keys are held: "prompt", "reply", or None
+        self._editor = editor
+        self._original = None  # attributes of the terminal
+        self._occasion = None
 
     def __enter__(self):
-        with contextlib.suppress(ImportError, OSError, ValueError):
+        with contextlib.suppress(ImportError):  # not POSIX
             import termios
-            with contextlib.suppress(termios.error):
-                self._before = termios.tcgetattr(sys.stdin)
-        if self._before:
+
+            self._original = termios.tcgetattr(sys.stdin)
             self._console.waiter.before_stop = self._restore
-            self._console.waiter.after_stop = self._hold_again
+            self._console.waiter.after_stop = self._resume
             if signal.getsignal(signal.SIGQUIT) == signal.SIG_DFL:
                 signal.signal(signal.SIGQUIT, self._quit)
         return self
 
     def __exit__(self, *exception):
-        self.release()
-        self._console.waiter.before_stop = self._console.waiter.after_stop = None
-        if self._before and signal.getsignal(signal.SIGQUIT) == self._quit:
-            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+        self._restore()
+        self._console.waiter.before_stop = None
+        self._console.waiter.after_stop = None
 
-    def hold(self, occasion):
-        """Keep keys for the next prompt; *occasion* is "prompt", just before it, or "reply"."""
-        self._held = occasion
-        if not self._before or not self._console.err.in_foreground():
+    def set_up(self, occasion):
+        """Set the modes for a "reply", a "prompt", or as they were at the start (None)."""
+        self._occasion = occasion
+        self._apply(occasion)
+
+    def _apply(self, occasion):
+        if not self._original or not self._console.err.in_foreground():
             return
         import termios
 
-        mode = self._copy_mode()
-        if occasion == "reply":  # readline echoes only where the terminal did
-            mode[3] &= ~termios.ECHO
-        if self._has_readline:  # the same that readline sets
-            mode[0] &= ~(termios.ICRNL | termios.INLCR)
-            mode[3] &= ~(termios.ICANON | termios.IEXTEN)
-            mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
-        self._set(mode)
-        if self._marks_pastes and occasion == "reply":  # at the prompt readline does it
-            self._console.out.draw(PASTE_MARKS_ON)
-
-    def release(self):
-        """Leave the terminal as it was before the chat, for another program or plain input."""
-        self._held = None
-        self._restore()
+        modes = self._original[:6] + [list(self._original[6])]
+        if occasion == "reply":  # not at the prompt: readline echoes only where the terminal does
+            modes[3] &= ~termios.ECHO
+        if occasion and self._editor.readline:  # as readline sets them
+            modes[0] &= ~(termios.ICRNL | termios.INLCR)
+            modes[3] &= ~(termios.ICANON | termios.IEXTEN)
+            modes[6][termios.VMIN] = 1
+            modes[6][termios.VTIME] = 0
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
+        if self._editor.marks_pastes and occasion != "prompt":  # there readline does it
+            self._console.out.draw("\x1b[?2004h" if occasion else "\x1b[?2004l")
 
     def _restore(self):
-        if self._before and self._console.err.in_foreground():
-            self._set(self._before)
-            if self._marks_pastes:
-                self._console.out.draw(PASTE_MARKS_OFF)
+        self._apply(None)
 
-    def _hold_again(self):
-        if self._held:
-            self.hold(self._held)
-
-    def _copy_mode(self):
-        mode = list(self._before)
-        mode[6] = list(mode[6])
-        return mode
-
-    def _set(self, mode):
-        import termios
-
-        with contextlib.suppress(termios.error):
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, mode)
+    def _resume(self):
+        self._apply(self._occasion)
 
     def _quit(self, number, frame):
         self._restore()
@@ -5442,7 +5113,7 @@ class LineEditor:
         self._inserted = ""  # put on the next line before anything is typed
         self._last_entry = None
         self._told_lock = False
-        self._before, self._after = "", ""
+        self._bold = "{}"
         self.abandoned = ""  # what stood on the line when Ctrl+C ended it
         self.marks_pastes = False
         self.readline = None
@@ -5450,7 +5121,7 @@ class LineEditor:
             self._set_up_readline()
         # Without readline the cursor stays behind the prompt when the input ends.
         self.ends_line = self.readline is not None and not console.out.dumb
-        if self.readline and history_path:
+        if history_path:
             for entry in read_history(history_path):
                 self._recall(entry)
 
@@ -5473,34 +5144,39 @@ class LineEditor:
             readline.parse_and_bind("set enable-bracketed-paste on")
             self.marks_pastes = True
         if self._console.out.styled:  # \1 and \2 enclose what has no width
-            self._before, self._after = "\1" + BOLD + "\2", "\1" + RESET + "\2"
+            self._bold = f"\1{BOLD}\2{{}}\1{RESET}\2"
 
     def read(self, prompt):
         """Return the next line, without its end; raise EOFError at the end of the input."""
         self.abandoned = ""
-        if not self.readline:
-            return self._read_plain(prompt)
+        if self._console.out.is_terminal:
+            line = utf8_argument(self._read_typed(self._bold.format(prompt)))
+        else:
+            line = utf8_argument(self._console.read_line(prompt))
+        if not self.readline and len(line.encode("utf-8", "replace")) >= MAX_CANONICAL_BYTES:
+            raise UnusableInputError(f"the terminal cut the line at {MAX_CANONICAL_BYTES:,} bytes: "
+                                     "nothing was sent: /edit and /attach take more")
+        return line
+
+    def _read_typed(self, prompt):
         while True:
             try:
-                line = self._console.waiter.prompt(input, self._before + prompt + self._after)
-                return utf8_argument(line)
+                return self._console.waiter.prompt(input, prompt)
             except Suspended:
-                self._inserted = self.readline.get_line_buffer()
+                self._inserted = self._typed_so_far()
                 self._console.print_line("")
                 self._console.waiter.suspend()
             except KeyboardInterrupt:
-                self.abandoned = self.readline.get_line_buffer()
+                self.abandoned = self._typed_so_far()
                 raise
             except UnicodeDecodeError:
                 raise UnusableInputError(
                     "what was typed is not text in the terminal's encoding") from None
 
-    def _read_plain(self, prompt):
-        line = utf8_argument(self._console.read_line(prompt))
-        if len(line.encode("utf-8", "replace")) >= MAX_CANONICAL_BYTES:
-            raise UnusableInputError(f"the terminal cut the line at {MAX_CANONICAL_BYTES:,} bytes: "
-                                     "nothing was sent: /edit and /attach take more")
-        return line
+    def _typed_so_far(self):
+        if self.readline:
+            return self.readline.get_line_buffer()
+        return ""
 
     def remember(self, entry):
         """Put *entry* into the history of this session and, unless led by a blank, on disk."""
@@ -5510,32 +5186,32 @@ class LineEditor:
         if not self._history_path or entry[:1].isspace():
             return
         try:
-            if not append_history(self._history_path, entry) and not self._told_lock:
-                self._told_lock = True
-                self._console.note("another process holds the lock of the history: "
-                                   "it is written without")
+            is_locked = append_history(self._history_path, entry)
         except UsageError as error:
             self._console.note(f"no history: {error}")
             self._history_path = None
+            return
+        if not is_locked and not self._told_lock:
+            self._told_lock = True
+            self._console.note("another process holds the lock of the history: "
+                               "it is written without")
 
     def _recall(self, entry):
         self._last_entry = entry
-        if self.readline:  # takes no NUL, and bytes of any encoding as surrogates
-            data = entry.replace("\0", "").encode(self._encoding(), "replace")
-            self.readline.add_history(data.decode("ascii", "surrogateescape"))
-
-    def _encoding(self):
+        if not self.readline:
+            return
         from codecs import lookup
 
         encoding = lookup(getattr(sys.stdin, "encoding", None) or "utf-8").name
         if encoding == "ascii":  # of the C locale before Python 3.7
-            return "utf-8"
-        return encoding
+            encoding = "utf-8"
+        data = entry.replace("\0", "").encode(encoding, "replace")
+        self.readline.add_history(data.decode("ascii", "surrogateescape"))  # takes any bytes so
 
     def _insert(self):
-        text, self._inserted = self._inserted, ""
-        if text:
-            self.readline.insert_text(text)
+        if self._inserted:
+            self.readline.insert_text(self._inserted)
+        self._inserted = ""
 
     def _next_candidate(self, text, state):
         if state == 0:
@@ -5552,24 +5228,24 @@ class LineEditor:
         if not line.startswith("/"):
             return [text + "\t"]
         start = line.rfind(" ") + 1
-        return [os.fsdecode(whole[start:].encode("utf-8", "surrogateescape"))
-                for whole in self._complete(line)]
+        words = [whole[start:] for whole in self._complete(line)]
+        return [os.fsdecode(word.encode("utf-8", "surrogateescape")) for word in words]
 
-def folder_names(folder):
-    """Return the names in *folder*, which may begin with ~, with a slash after those of folders."""
-    path = os.path.expanduser(folder) or "."
+def complete_path(start):
+    """Return the paths that *start*, which may begin with ~, can become; folders end in a slash."""
+    import glob
+
+    full = os.path.expanduser(start)
     names = []
-    with contextlib.suppress(OSError):
-        for name in os.listdir(path):
-            if os.path.isdir(os.path.join(path, name)):
-                name += "/"
-            names.append(name)
+    for path in sorted(glob.glob(glob.escape(full) + "*")):
+        if os.path.isdir(path):
+            path += "/"
+        names.append(start + path[len(full):])
     return names
 
-def find_command(name):
+def find_chat_command(name):
     """Return the ChatCommand that *name* stands for, in any case, or None."""
-    name = name.lower()
-    name = CHAT_ALIASES.get(name, name)
+    name = CHAT_ALIASES.get(name.lower(), name.lower())
     for command in CHAT_COMMANDS:
         if command.name == name:
             return command
@@ -5580,22 +5256,20 @@ def complete_line(line, find_names):
 
     *find_names* is called with the name of a command and returns what may follow it.
     """
-    name, space, start = line.partition(" ")
-    if not line.startswith("/"):
-        return []
-    if not space:
+    name, blank, start = line.partition(" ")
+    if not blank:
         lines = []
         for command in CHAT_COMMANDS:
-            if command.name.startswith(name.lower()):
-                lines.append(command.name + (" " if command.argument else ""))
+            if name and command.name.startswith(name.lower()):
+                lines.append(command.name)
+                if command.argument:
+                    lines[-1] += " "
         return lines
-    command = find_command(name)
+    command = find_chat_command(name)
     if command is None:
         return []
     if command.argument == "[FILE]":
-        folder = start[:start.rfind("/") + 1]
-        names = [folder + found for found in sorted(folder_names(folder))
-                 if not found.startswith(".") or start[len(folder):].startswith(".")]
+        names = complete_path(start)
     else:
         names = find_names(command.name)
     return [f"{name} {found}" for found in names if found.startswith(start)]
@@ -5608,168 +5282,226 @@ def as_typed(text):
 
 def parse_count(argument):
     """Return the number that a command's *argument* is, 1 where it is empty."""
-    if not argument:
-        return 1
-    if not re.match(r"[1-9]\d{0,8}\Z", argument):
+    if not re.match(r"([1-9]\d{0,8})?\Z", argument):
         raise UsageError(f"not a number of turns: {argument}")
-    return int(argument)
+    return int(argument or 1)
 
 def parse_setting(name, value):
     """Return the value of the sampling option *name* that the text *value* is."""
     convert, low, high = SETTABLE[name]
-    what = "a whole number" if convert is int else "a number"
-    try:
+    with contextlib.suppress(ValueError):
         number = convert(value)
-    except ValueError:
-        raise UsageError(f"{name} must be {what}, not {value!r}") from None
-    if not low <= number <= high:
-        raise UsageError(f"{name} must be {what} from {low} to {high}, not {value}")
-    return number
+        if low <= number <= high:
+            return number
+    what = "a whole number" if convert is int else "a number"
+    raise UsageError(f"{name} must be {what} from {low} to {high}, not {value!r}")
 
-def list_code_blocks(text):
-    """Return the contents of the fenced code blocks in *text*."""
-    blocks = []
-    while text:
-        block = extract_code_block(text)
-        if block is None:
-            break
-        blocks.append(block)
-        text = text[text.index(block) + len(block):].partition("\n")[2]
-    return blocks
+def nearest_command(name):
+    """Return ": did you mean NAME?" for a command much like *name*, else nothing."""
+    from difflib import get_close_matches
 
-def clipboard_sequence(data, environ):
+    names = get_close_matches(name.lower(), [command.name for command in CHAT_COMMANDS], 1)
+    return "".join(f": did you mean {near}?" for near in names)
+
+def system_prompt(options):
+    """Return the text of --from-file, else of --system, else None."""
+    if not options.from_file:
+        return options.system
+    try:
+        return decode_prompt(read_file(options.from_file), options.from_file)
+    except UnusableInputError as error:
+        raise UsageError(str(error)) from error
+
+def clipboard_sequence(data):
     """Return the escape sequence that puts the bytes *data* into a terminal's clipboard (OSC 52).
 
-    tmux passes it on in either of two ways, as it is set up: in a wrapping of its own, or plain.
+    tmux passes it on in one of two ways, as it is set up: plain, or in a wrapping of its own.
     """
     from base64 import b64encode
 
     sequence = "\x1b]52;c;" + b64encode(data).decode("ascii") + "\x07"
-    if environ.get("TMUX") or environ.get("TERM", "").startswith("tmux"):
-        escaped = sequence.replace("\x1b", "\x1b\x1b")
-        return f"{sequence}\x1bPtmux;{escaped}\x1b\\"
+    if os.environ.get("TMUX") or os.environ.get("TERM", "").startswith("tmux"):
+        sequence += "\x1bPtmux;" + sequence.replace("\x1b", "\x1b\x1b") + "\x1b\\"
     return sequence
+
+def run_editor(editor, path, waiter):
+    """Return the exit status of the program *editor*, which gets the Ctrl+C's meanwhile."""
+    import subprocess
+    from shlex import split
+
+    process = subprocess.Popen(split(editor) + [path])
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            return waiter.run_in_thread(process.wait, None)
+
+def read_edited(text, console):
+    """Return what $VISUAL or $EDITOR saves of a private file that begins with *text*.
+
+    Raise UsageError where nothing is saved, or where the editor fails.  What it saved then stays
+    in the file, and the error names it.
+    """
+    from shutil import rmtree
+    from tempfile import mkdtemp
+
+    usual = "vi" if os.name == "posix" else "notepad"
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or usual
+    try:
+        folder = mkdtemp(prefix="xeroctl-")  # mode 0700
+    except OSError as error:
+        raise UsageError(f"no temporary folder for the message: {os_reason(error)}") from error
+    path = os.path.join(folder, "message.txt")
+    write_private(path, text)
+    os.utime(path, (0, 0))  # whatever is saved is newer
+    try:
+        status = run_editor(editor, path, console.waiter)
+    except (OSError, ValueError) as error:
+        rmtree(folder)
+        raise UsageError(f"cannot run {editor}: {error}: set VISUAL or EDITOR") from error
+    except Terminated:
+        console.print_line(f"xeroctl: what {editor} saved is in {path}")
+        raise
+    saved = ""
+    if os.path.isfile(path) and os.stat(path).st_mtime > 0:
+        saved = decode_prompt(read_file(path), path)
+    if saved.strip() and status:
+        raise UsageError(f"{editor} failed: nothing was sent: what it saved is in {path}")
+    rmtree(folder)
+    if not saved.strip():
+        raise UsageError(f"nothing was sent: {editor} failed, or saved nothing")
+    return saved
+
+def fetch_model_names(settings):
+    """Return the names of the models behind the endpoint; none where it takes over a second."""
+    quick = settings._replace(timeout=MODELS_SECONDS, connect_timeout=MODELS_SECONDS)
+
+    def fetch():  # on a thread, where only an OSError may come out
+        with contextlib.suppress(XeroctlError):
+            url = endpoint_url(quick.base_url, quick.endpoint, "/models")
+            request = build_request("GET", url, quick)
+            document = receive_json(request, quick, Waiter(), ConnectLog())
+            return list_items(document, "models")
+        return []
+
+    models = []
+    with contextlib.suppress(OSError):  # it takes too long
+        models = Waiter().run_in_thread(fetch, MODELS_SECONDS)
+    names = [get_field(model, "id", str) for model in models]
+    return sorted(filter(None, names))
 
 # The chat
 
 class Chat:
-    """One interactive session: a conversation, where it is kept, and what every command changes."""
+    """One interactive session: a conversation, where it is kept, and what every command changes.
 
-    def __init__(self, options, sampling, settings, console, conversation, store):
-        self.sampling = sampling
+    *resolve* makes the Settings for (settings, context, endpoint).
+    """
+
+    def __init__(self, options, settings, console, resolve, conversation, store):
+        self.sampling = build_sampling(options)
         self.settings = settings
         self.console = console
+        self.resolve = resolve
         self.conversation = conversation
         self.store = store
         self.typed = console.stdin_is_terminal()
-        self.model = sampling.model  # asked for, else the last that answered
+        self.model = options.model  # asked for, else the last that answered
         self.totals = Totals(0, 0, True)
         self.attachments = []  # go with the next message
         self.status = EXIT_OK  # of the first failure
-        self.resolve = None  # (settings, context, endpoint) -> Settings
-        self._plain = options.plain
-        self._show_usage = options.show_usage
+        self._options = options
         self._show_reasoning = options.show_reasoning
         self._last_prompt = None  # tokens
         self._saved = None  # (path, text) of /save or /load
         self._listed = []  # paths that /load listed
-        self._models = None
+        self._models = None  # names, once they are asked for
         self._ended = False
         self.editor = None
         if self.typed:
             history = state_path("history") if store.uses_state else None
             self.editor = LineEditor(console, history, self._complete)
-        self._type_ahead = TypeAhead(
-            console, self.editor is not None and self.editor.readline is not None,
-            self.editor is not None and self.editor.marks_pastes)
+            self.type_ahead = TypeAhead(console, self.editor)
 
     # The loop
 
-    def run(self, question=None):
-        """Take inputs until their end, the message *question* first; return the exit status.
+    def run(self, question):
+        """Take inputs until their end, the message *question* or None first; return the status.
 
         A failure does not end the chat, but a failed command ends one that is piped.
         """
-        with contextlib.ExitStack() as stack:
-            if self.typed:
-                stack.enter_context(self._type_ahead)
-            while not self._ended:
-                try:
-                    self._take_input(question)
-                except KeyboardInterrupt:  # one more, while the last one was dealt with
-                    if not self.typed:
-                        raise
-                question = None
-            if not self.console.quiet:
-                self._say_how_to_continue()
-                self._print(self._totals_line())
-        if self.typed:
-            return EXIT_OK
-        return self.status
+        while not self._ended:
+            try:
+                self._take_input(question)
+            except KeyboardInterrupt:  # also one that comes while another is dealt with
+                if not self.typed:
+                    raise
+            question = None
+        if not self.console.quiet:
+            self._say_how_to_continue()
+            self._print(self._totals_line())
+        return EXIT_OK if self.typed else self.status
 
     def _take_input(self, question):
-        """Ask the message *question*, or else do what the next input asks for."""
         line = None
         try:
             if question:
                 self._ask(question, self.conversation.messages)
-                return
-            line = self._read_input()
-            if line is None:
-                self._ended = True
             else:
+                line = self._read_input()
                 self._do_line(line)
-        except KeyboardInterrupt:
-            if not self.typed:
-                raise
-            if line is None and not self.editor.abandoned:
-                self._print("\nCtrl+D or /quit ends the session")
         except OutputError:
             raise
         except XeroctlError as error:
             self._fail(error)
-            if line is not None and not self.typed:
+            if line is None and not isinstance(error, UnusableInputError):  # no more can be read
+                self._ended = True
+            if line and not self.typed:
                 self._ended = True
 
     def _read_input(self):
-        """Return what the person types next, or the next line of a pipe; None at the end."""
-        if not self.typed:
-            try:
-                return decode_prompt(self.console.read_piped_line(), "standard input")
-            except EOFError:
-                return None
-        if not self.console.quiet:
-            self.console.print_line(self._bar(), dim=True)
-        if self.editor.readline:
-            self._type_ahead.hold("prompt")
-        else:
-            self._type_ahead.release()
+        """Return what the person types next, or the next line of a pipe; "" at the end."""
         try:
+            if not self.typed:
+                return decode_prompt(self.console.read_piped_line(), "standard input")
             return self._read_typed()
-        except Terminated:
-            self._print("")
+        except EOFError:
+            if self.typed and not self.console.stdin_is_terminal():  # it was closed
+                raise Terminated(getattr(signal, "SIGHUP", signal.SIGTERM)) from None
+            self._ended = True
+        except KeyboardInterrupt:
+            if self.typed and not self.editor.abandoned:
+                self._print("\nCtrl+D or /quit ends the session")
             raise
+        except Terminated:
+            if self.typed:
+                self._print("")
+            raise
+        return ""
 
     def _read_typed(self):
-        try:
-            line = self.editor.read("> ")
-        except EOFError:
-            if not self.console.stdin_is_terminal():  # it was closed
-                raise Terminated(getattr(signal, "SIGHUP", signal.SIGTERM)) from None
-            if not self.editor.ends_line:
-                self._print("")
-            return None
+        if not self.console.quiet:
+            bar = status_bar(self.settings.endpoint, self.model, self.totals,
+                             self.conversation.count, self.console.err.width())
+            self.console.print_line(bar, dim=True)
+        self.type_ahead.set_up("prompt" if self.editor.readline else None)
+        line = self._read_line("> ")
         while line.endswith("\\"):
+            line = line[:-1] + "\n"
             try:
-                line = line[:-1] + "\n" + self.editor.read(". ")
+                line += self._read_line(". ")
             except EOFError:
-                if not self.editor.ends_line:
-                    self._print("")
-                return line[:-1]
+                break
             except BaseException:
-                self.editor.remember(line)
+                self.editor.remember(line[:-1] + "\\")
                 raise
         return line
+
+    def _read_line(self, prompt):
+        try:
+            return self.editor.read(prompt)
+        except EOFError:
+            if not self.editor.ends_line:
+                self._print("")
+            raise
 
     def _do_line(self, line):
         """Do a slash command, or send a message."""
@@ -5778,27 +5510,19 @@ class Chat:
         if self.editor:
             self.editor.remember(line)
         if not line.startswith("/"):
-            text = line[1:] if line.startswith(" /") else line
-            self._ask_text(text.rstrip())
+            self._ask_text(line[line.startswith(" /"):].rstrip())
             return
-        name, *argument = line.split(None, 1)
-        argument = "".join(argument).strip()
-        command = find_command(name)
+        name, *words = line.split(None, 1)
+        argument = "".join(words).strip()
+        command = find_chat_command(name)
         if command is None:
-            raise UsageError(self._unknown_command(name))
+            raise UsageError(f"no command {name}{nearest_command(name)}: /help lists them. "
+                             "A space in front sends the line as a message")
         if argument and not command.argument:
             raise UsageError(f"{command.name} takes no argument")
-        if command.argument == "[FILE]" and argument[:1] in ("'", '"'):
-            argument = argument[1:].rstrip(argument[0]) if argument[-1] == argument[0] else argument
-        getattr(self, command.method)(argument)
-
-    def _unknown_command(self, name):
-        from difflib import get_close_matches
-
-        names = [command.name for command in CHAT_COMMANDS]
-        near = get_close_matches(name.lower(), names, 1)
-        meant = f": did you mean {near[0]}?" if near else ": /help lists them."
-        return f"no command {name}{meant} A space in front sends the line as a message"
+        if command.argument == "[FILE]" and re.match(r"(['\"]).*\1\Z", argument):
+            argument = argument[1:-1]
+        getattr(self, "do_" + command.name[1:])(argument)
 
     def _fail(self, error):
         self.console.print_error(error)
@@ -5809,23 +5533,17 @@ class Chat:
         for line in text.split("\n"):
             self.console.print_line(line)
 
-    def _bar(self):
-        columns = self.console.err.width()
-        return status_bar(self.settings.endpoint, self.model, self.totals,
-                          self.conversation.count, columns)
-
     def _totals_line(self):
         mark = "" if self.totals.exact else "~"
         return (f"tokens: {mark}{self.totals.prompt} prompt, {mark}{self.totals.completion} "
                 f"completion; messages: {self.conversation.count}")
 
     def _say_how_to_continue(self):
-        if not self.typed or not self.store.saved:
-            return
-        command = "xeroctl chat --continue"
-        if self.store.named:
-            command = f"xeroctl chat -i --conversation {shown_path(self.store.path)}"
-        self.console.print_line(f"to continue: {command}", dim=True)
+        if self.typed and self.store.saved:
+            command = "xeroctl chat --continue"
+            if self.store.named:
+                command = f"xeroctl chat -i --conversation {shown_path(self.store.path)}"
+            self.console.print_line(f"to continue: {command}", dim=True)
 
     # Asking
 
@@ -5839,23 +5557,24 @@ class Chat:
         """Ask the message *question* after the messages *before*, and keep what comes of it.
 
         With an answer, or a part of one, it is the newest turn.  Without, it stays unanswered; but
-        a question that has an answer already keeps that.
+        a question that has an answer already keeps that, also when a new one breaks off.
         """
         conversation = self.conversation
         replaces = len(before) < len(conversation.messages)
         if not replaces:
             conversation.unanswered = question
-        reply = Reply(token_limit(self.sampling))
         keeps_part = not replaces
+        reply = Reply(token_limit(self.sampling))
         try:
             self._show_answer(before + [question], reply)
             keeps_part = True
         except KeyboardInterrupt:
+            keeps_part = True
             if not self.typed:
                 raise
-            keeps_part = True
             if not reply.text.strip():
-                self._say_stopped(replaces)
+                rest = "the old answer stays" if replaces else "/retry asks again"
+                self._print(f"stopped: {rest}")
         except OutputError:
             raise
         except XeroctlError as error:
@@ -5873,24 +5592,18 @@ class Chat:
 
     def _show_answer(self, messages, reply):
         if self.typed:
-            self._type_ahead.hold("reply")
+            self.type_ahead.set_up("reply")
         request = build_chat_request(self.sampling, self.settings, messages, True)
-        view = build_view(self.console, True, self._plain, self._show_reasoning)
+        view = build_view(self.console, True, self._options.plain, self._show_reasoning)
         show_answer(request, self.settings, self.console, view, reply)
-        report_reply(reply, reply.seconds, True, self._show_usage, self.console)
-
-    def _say_stopped(self, replaces):
-        kept = "/retry asks again"
-        if replaces:
-            kept = "the old answer stays"
-        self._print(f"stopped: {kept}")
+        report_reply(reply, reply.seconds, True, self._options.show_usage, self.console)
 
     def _count(self, reply):
         usage = reply.usage
-        completion = reply.deltas
-        is_exact = not reply.started
-        if usage.completion is not None:
-            completion, is_exact = usage.completion, True
+        completion = usage.completion
+        is_exact = completion is not None or not reply.started
+        if completion is None:
+            completion = reply.deltas
         self.totals = Totals(self.totals.prompt + (usage.prompt or 0),
                              self.totals.completion + completion, self.totals.exact and is_exact)
         self.model = self.sampling.model or reply.model or self.model
@@ -5899,8 +5612,9 @@ class Chat:
     def _save(self):
         self.store.save(self.conversation, self.settings.endpoint, self.model)
 
-    def _begin_new(self):
+    def _begin_new(self, conversation):
         self.store.begin_new(self.conversation, self.settings.endpoint, self.model)
+        self.conversation = conversation
         self._saved = None
 
     # Commands
@@ -5908,19 +5622,19 @@ class Chat:
     def do_help(self, argument):
         """Show the commands and the keys."""
         for command in CHAT_COMMANDS:
-            usage = f"{command.name} {command.argument}"
-            self._print(f"  {usage:<19} {command.summary}")
-        self._print("\n" + CHAT_KEYS)
+            self._print(f"  {command.name + ' ' + command.argument:<19} {command.summary}")
+        self._print(CHAT_KEYS)
 
     def do_clear(self, argument):
         """End this conversation and begin one with the same system message."""
-        self._begin_new()
-        self.conversation.clear()
+        conversation = Conversation()
+        conversation.set_system(self.conversation.system)
+        self._begin_new(conversation)
 
     def do_system(self, argument):
         """Set, remove or show the system message."""
         if argument:
-            self.conversation.set_system(None if argument == "-" else argument)
+            self.conversation.set_system(argument if argument != "-" else None)
             self._save()
         self._print("system: " + (self.conversation.system or "none"))
 
@@ -5941,41 +5655,41 @@ class Chat:
         self._print(f"saved {plural(self.conversation.count, 'message')} to {utf8_argument(path)}")
 
     def _may_replace(self, path):
-        """Return whether the file *path* may be written over; raise UsageError where it never is."""
-        shown = utf8_argument(path)
+        """Return whether the file *path* may be replaced; raise UsageError where it never is."""
+        text = None
         document = None
         with contextlib.suppress(ValueError):
             if os.path.isfile(path):
-                text = read_file(path, MAX_CONVERSATION_BYTES).decode("utf-8")
-                if self._saved == (path, text):
-                    return True
+                text = read_file(path).decode("utf-8")
                 document = parse_json(text)
+        if self._saved == (path, text):
+            return True
+        shown = utf8_argument(path)
         if get_field(document, "format", str) != CONVERSATION_FORMAT:
             raise UsageError(f"{shown} is there, and no saved conversation: choose another name")
         if not self.typed:
             raise UsageError(f"{shown} holds another conversation: choose another name")
         question = f"{shown} holds another conversation. Write over it? [y/N] "
-        try:
-            return self.editor.read(question).strip().lower() in ("y", "yes")
-        except EOFError:
-            return False
+        with contextlib.suppress(EOFError):
+            return self._read_line(question).strip().lower() in ("y", "yes")
+        return False
 
     def do_load(self, argument):
         """Replace the conversation by that of a file, once that is found good."""
         if not argument:
             self._list_conversations()
             return
-        path = None
-        if re.match(r"\d{1,2}\Z", argument):
+        is_number = re.match(r"\d{1,2}\Z", argument)
+        if is_number:
             self._listed = self._listed or self._other_conversations()
             if not 1 <= int(argument) <= len(self._listed):
                 raise UsageError(f"no conversation {argument}: /load alone lists them")
             path = self._listed[int(argument) - 1]
-        (conversation, _, _, notes), text = read_conversation(path or native_path(argument))
-        self._begin_new()
-        self.conversation = conversation
-        if path is None:
+        else:
             path = native_path(argument)
+        (conversation, _, _, notes), text = read_conversation(path)
+        self._begin_new(conversation)
+        if not is_number:
             self._saved = path, text
         self._print(f"loaded {plural(conversation.count, 'message')} from {utf8_argument(path)}")
         self.console.note(*notes)
@@ -5983,7 +5697,7 @@ class Chat:
             self.editor.remember(as_typed(content_text(conversation.unanswered)))
             self._print("its last question has no answer: /retry asks it")
         elif conversation.unanswered:
-            self._ask(conversation.unanswered, conversation.messages)
+            self.do_retry("")
 
     def _other_conversations(self):
         paths = [path for path in list_conversations() if path != self.store.path]
@@ -5992,19 +5706,17 @@ class Chat:
     def _list_conversations(self):
         self._listed = self._other_conversations()
         if not self._listed:
-            raise UsageError("a file name is needed: no conversation is kept yet")
-        width = self.console.err.width() - 1
+            raise UsageError("a file name is needed: no other conversation is kept")
         for number, path in enumerate(self._listed, 1):
-            date = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(path).st_mtime))
             try:
-                conversation, endpoint = read_conversation(path)[0][:2]
-                text = ""
-                for turn in conversation.turns()[:1]:
-                    text = content_text(turn[0])
-                what = f"{endpoint}  {plural(conversation.count, 'message')}  {text}"
-            except UsageError:
-                what = "not readable"
-            self._print(truncate(one_line(f"{number:2}  {date}  {what}"), width))
+                conversation, endpoint, _, _ = read_conversation(path)[0]
+                question = message_text((conversation.turns() or [[{}]])[0][0])
+                what = f"{endpoint}  {plural(conversation.count, 'message')}  {question}"
+                date = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(path).st_mtime))
+            except (UsageError, OSError):
+                date, what = "unreadable", shown_path(path)
+            line = one_line(f"{number} {date} {what}")
+            self._print(truncate(line, self.console.err.width() - 1))
 
     def do_show(self, argument):
         """Show the last turns."""
@@ -6013,9 +5725,7 @@ class Chat:
             raise UsageError("nothing to show yet")
         for turn in turns[-parse_count(argument):]:
             for message in turn:
-                mark = "> " if message["role"] == "user" else ""
-                if message["role"] not in ("user", "assistant"):
-                    mark = message["role"] + ": "
+                mark = {"user": "> ", "assistant": ""}.get(message["role"], message["role"] + ": ")
                 self._print(mark + message_text(message).rstrip("\n"))
             self._print("")
 
@@ -6030,16 +5740,16 @@ class Chat:
         question, before = self.conversation.last_question()
         if question is None:
             raise UsageError("nothing to ask again yet")
-        self._ask(question, list(before))
+        self._ask(question, before)
 
     def do_undo(self, argument):
         """Take the last turns back."""
         count = parse_count(argument)
-        if not self.conversation.turns():
-            raise UsageError("nothing to take back")
-        for _ in range(min(count, len(self.conversation.turns()))):
-            text = one_line(content_text(self.conversation.undo()))
-            self._print("took back: " + truncate(text, 60))
+        for _ in self.conversation.turns()[-count:] or [None]:
+            question = self.conversation.undo()
+            if question is None:
+                raise UsageError("nothing to take back")
+            self._print("took back: " + truncate(one_line(content_text(question)), 60))
         self._save()
 
     def do_drop(self, argument):
@@ -6054,25 +5764,25 @@ class Chat:
         """Keep a file for the next message, or list those that wait."""
         if argument:
             attachment = read_attachment(native_path(argument))
-            if attachment.note:
-                self.console.note(attachment.note)
             build_question("", self.attachments + [attachment])  # not too large together
             self.attachments.append(attachment)
+            if attachment.note:
+                self.console.note(attachment.note)
         if not self.attachments:
             self._print("no file waits for the next message")
         for attachment in self.attachments:
-            self._print(f"with the next message: {attachment.name}, "
-                        + plural(attachment.size, "byte"))
+            size = plural(attachment.size, "byte")
+            self._print(f"with the next message: {attachment.name}, {size}")
 
     def do_copy(self, argument):
-        """Have the person's own terminal put the last answer into its clipboard (OSC 52)."""
+        """Have the person's own terminal put the last answer into its clipboard."""
         text = self.conversation.last_answer()
         if argument not in ("", "code"):
             raise UsageError("/copy takes nothing, or: code")
         if text is None:
             raise UsageError("nothing to copy yet")
         if argument:
-            blocks = list_code_blocks(text)
+            blocks = find_code_blocks(text)
             if not blocks:
                 raise UsageError("there is no code block in the last answer")
             text = blocks[-1]
@@ -6080,16 +5790,15 @@ class Chat:
         if len(data) > MAX_COPY_BYTES:
             raise UsageError(f"too much for a terminal's clipboard: {len(data):,} bytes, "
                              f"{MAX_COPY_BYTES:,} at most")
-        output = self.console.out if self.console.out.is_terminal else self.console.err
-        if output.dumb:
-            raise UsageError("/copy needs a terminal")
-        output.write(clipboard_sequence(data, os.environ))
+        if self.console.out.dumb:
+            raise UsageError("/copy needs standard output to be a terminal that knows escapes")
+        self.console.write_styled(clipboard_sequence(data))
         self._print(f"copied {plural(len(text), 'character')}")
 
     def do_model(self, argument):
         """Set or show the model that is asked for."""
         if argument:
-            self.model = None if argument == "-" else one_line(argument)
+            self.model = one_line(argument) if argument != "-" else None
             self.sampling = self.sampling._replace(model=self.model)
         self._print("model: " + (self.sampling.model or "none asked for"))
 
@@ -6113,102 +5822,36 @@ class Chat:
 
     def do_set(self, argument):
         """Set, unset or show sampling options, and whether reasoning is shown."""
-        name, *value = argument.split(None, 1)[:2] if argument else ("",)
+        name, _, value = argument.partition(" ")
         name = name.lstrip("-").replace("-", "_").lower()
-        if not name:
-            self._show_sampling()
-            return
-        if name != "reasoning" and name not in SETTABLE and name not in self.sampling.fields:
-            names = ", ".join(list(SETTABLE) + ["reasoning"])
-            raise UsageError(f"no option {name}: /set takes {names}")
-        if not value:
-            raise UsageError(f"a value is needed: /set {name} VALUE, or - to unset it")
-        if name == "reasoning":
-            if value[0].lower() not in ("on", "off", "-"):
-                raise UsageError("reasoning is on or off")
-            self._show_reasoning = value[0].lower() == "on"
-        else:
-            self._set_field(name, value[0])
-        self._show_sampling(name)
-
-    def _set_field(self, name, value):
+        value = value.strip().lower()
         fields = dict(self.sampling.fields)
-        if value == "-":
+        if name == "reasoning" and value in ("on", "off"):
+            self._show_reasoning = value == "on"
+        elif name in SETTABLE and value:
             fields.pop(name, None)
-        elif name in SETTABLE:
-            fields[name] = parse_setting(name, value)
-        else:
-            fields[name] = value
-            with contextlib.suppress(ValueError):
-                fields[name] = parse_json(value)
+            if value != "-":
+                fields[name] = parse_setting(name, value)
+        elif argument:
+            names = " ".join(SETTABLE)
+            raise UsageError(f"not an option and its value: {argument}: /set takes one of {names} "
+                             "and a number or -, or reasoning and on or off")
         self.sampling = self.sampling._replace(fields=fields)
-
-    def _show_sampling(self, only=None):
-        fields = self.sampling.fields
-        for name in list(SETTABLE) + sorted(set(fields) - set(SETTABLE)) + ["reasoning"]:
-            value = json_text(fields[name]) if name in fields else "-"
-            if name == "reasoning":
-                value = "on" if self._show_reasoning else "off"
-            if only in (None, name):
-                self._print(f"{name}: {value}")
+        shown = dict.fromkeys(SETTABLE, "-")
+        shown.update((field, json_text(fields[field])) for field in fields)
+        shown["reasoning"] = "on" if self._show_reasoning else "off"
+        for field in [name] if name else shown:
+            self._print(f"{field}: {shown[field]}")
 
     def do_edit(self, argument):
         """Send what an editor saves, beginning with a text, or with the last question."""
         if not self.typed:
             raise UsageError("/edit needs a terminal")
-        question, before = self.conversation.last_question()
-        if not argument and question is not None:
-            argument = content_text(question)
-        self._type_ahead.release()
-        text = self._edit_text(argument)
+        question, _ = self.conversation.last_question()
+        self.type_ahead.set_up(None)
+        text = read_edited(argument or content_text(question or {}), self.console)
         self.editor.remember(as_typed(text))
         self._ask_text(text)
-
-    def _edit_text(self, text):
-        """Return what $VISUAL or $EDITOR saves of a private file that begins with *text*.
-
-        Raise UsageError where nothing is saved, or where the editor fails: the file stays then.
-        """
-        from shutil import rmtree
-        from tempfile import mkdtemp
-
-        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
-        if not editor:
-            editor = "vi" if os.name == "posix" else "notepad"
-        try:
-            folder = mkdtemp(prefix="xeroctl-")  # mode 0700
-        except OSError as error:
-            raise UsageError(f"no temporary folder for the message: {os_reason(error)}") from error
-        path = os.path.join(folder, "message.txt")
-        write_private(path, text)
-        os.utime(path, (0, 0))  # any save is later
-        try:
-            status = self._run_editor(editor, path)
-        except (OSError, ValueError) as error:
-            rmtree(folder)
-            raise UsageError(f"cannot run {editor}: {error}: set VISUAL or EDITOR") from error
-        except Terminated:
-            self._print(f"xeroctl: what {editor} saved is in {path}")
-            raise
-        is_saved = os.path.isfile(path) and os.stat(path).st_mtime > 0
-        edited = decode_prompt(read_file(path), path) if is_saved else ""
-        if edited.strip() and not status:
-            rmtree(folder)
-            return edited
-        if edited.strip():
-            raise UsageError(f"{editor} failed: nothing was sent: what it saved is in {path}")
-        rmtree(folder)
-        raise UsageError(f"nothing was sent: {editor} failed, or saved nothing")
-
-    def _run_editor(self, editor, path):
-        import subprocess
-        from shlex import split
-
-        process = subprocess.Popen(split(editor) + [path])
-        while True:  # Ctrl+C is the editor's
-            with contextlib.suppress(KeyboardInterrupt):
-                self.console.waiter.run_in_thread(process.wait, None)
-                return process.returncode
 
     def do_quit(self, argument):
         """End the session."""
@@ -6230,35 +5873,9 @@ class Chat:
                 return sorted(read_config().deployments)
         if name == "/model":
             if self._models is None:
-                self._models = self._fetch_models()
+                self._models = fetch_model_names(self.settings)
             return self._models
         return []
-
-    def _fetch_models(self):
-        quick = self.settings._replace(timeout=MODELS_SECONDS, connect_timeout=MODELS_SECONDS)
-
-        def fetch():
-            with contextlib.suppress(XeroctlError):
-                url = endpoint_url(quick.base_url, quick.endpoint, "/models")
-                request = build_request("GET", url, quick)
-                return receive_json(request, quick, Waiter(), ConnectLog(len))
-            return None
-
-        models = []
-        with contextlib.suppress(XeroctlError, OSError):  # too late, or no list
-            document = Waiter().run_in_thread(fetch, MODELS_SECONDS)
-            for model in list_items(document, "models"):
-                models.append(get_field(model, "id", str) or "")
-        return sorted(filter(None, models))
-
-def system_prompt(options):
-    """Return the text of --from-file, else of --system, else None."""
-    if not options.from_file:
-        return options.system
-    try:
-        return decode_prompt(read_file(options.from_file), options.from_file)
-    except UnusableInputError as error:
-        raise UsageError(str(error)) from error
 
 def open_conversation(options, console, interactive):
     """Return (Conversation, ConversationStore) for the options of chat.
@@ -6266,25 +5883,18 @@ def open_conversation(options, console, interactive):
     With --conversation or --continue its endpoint and model go into *options*, unless others are
     given.  Raise UsageError where there is no such conversation.
     """
+    no_history = os.environ.get(ENV_NO_HISTORY) or "0"
+    keeps_history = not options.no_history and no_history == "0"
+    path = options.conversation
+    text = None
     conversation, endpoint, model, notes = Conversation(), None, None, []
-    path = text = None
-    keeps_history = not (options.no_history or os.environ.get(ENV_NO_HISTORY, "") not in ("", "0"))
-    if options.conversation:
-        path = options.conversation
-        if os.path.lexists(path):
-            (conversation, endpoint, model, notes), text = read_conversation(path)
-        elif not os.path.isdir(os.path.dirname(path) or "."):
-            raise UsageError(f"cannot make {utf8_argument(path)}: its folder is missing")
+    if path and os.path.lexists(path):
+        (conversation, endpoint, model, notes), text = read_conversation(path)
+    elif path and not os.path.isdir(os.path.dirname(path) or "."):
+        raise UsageError(f"cannot make {utf8_argument(path)}: its folder is missing")
     elif options.continue_last:
-        newest = list_conversations()[:1]
-        if not newest:
-            folder = shown_path(state_path("conversations"))
-            raise UsageError(f"there is no conversation to continue in {folder}")
-        (conversation, endpoint, model, notes), text = read_conversation(newest[0])
-        if keeps_history:
-            path = claim_conversation(newest[0])
-        if path is None:
-            text = None
+        path, newest = newest_conversation(keeps_history)
+        (conversation, endpoint, model, notes), text = newest
         if keeps_history and path is None:
             notes = notes + ["another chat still uses this conversation: a copy is continued"]
     console.note(*notes)
@@ -6304,38 +5914,36 @@ def run_interactive(options, settings, console, resolve, question, conversation,
     params = [name for name, _ in options.param]
     if options.max_tokens is None and "max_completion_tokens" not in params:  # the newer name
         options.max_tokens = DEFAULT_INTERACTIVE_MAX_TOKENS
-    chat = Chat(options, build_sampling(options), settings, console, conversation, store)
-    chat.resolve = resolve
-    if chat.typed and not console.quiet:
-        greeting = "/help lists the commands, Ctrl+D ends the session"
-        console.print_line(truncate(greeting, console.err.width()), dim=True)
-        if conversation.count:
-            chat.do_show("")
+    chat = Chat(options, settings, console, resolve, conversation, store)
     if question is None:
         for path in options.attach:
             chat.do_attach(path)
-    return chat.run(question)
+    if not chat.typed:
+        return chat.run(question)
+    with chat.type_ahead:
+        if not console.quiet:
+            greeting = "/help lists the commands, Ctrl+D ends the session"
+            console.print_line(truncate(greeting, console.err.width()), dim=True)
+            if conversation.count:
+                chat.do_show("")
+        return chat.run(question)
 
 # -- Commands ---------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def _demo_settings(options):
+def _demo_settings(options, base_url):
     if options.base_url or options.context:
         raise UsageError("--demo brings its own endpoint: give no --base-url or --context with it")
-    no_config = Config("", None, {}, [])
     options.endpoint = options.endpoint or DEMO_ENDPOINT
-    with demo_endpoint() as base_url:
-        options.base_url = base_url
-        settings = resolve_settings(options, {}, no_config, None)
-        settings.sources["base_url"] = "--demo"
-        yield settings
+    options.base_url = base_url
+    settings = resolve_settings(options, {}, Config("", None, {}, []), None)
+    settings.sources["base_url"] = "--demo"
+    return settings
 
 def _user_settings(options, console, endpoint_needed):
     if options.api_key == "-":
-        raise UsageError("--api-key - is for config add and config set alone")
-    config = read_config()
-    environ = environment()
-    settings = resolve_settings(options, environ, config, lambda deployment: "-")
+        raise UsageError("--api-key - is only for config add and config set")
+    resolve = functools.partial(resolve_settings, options, environment(), read_config())
+    settings = resolve(lambda deployment: "-")
     endpoint = settings.endpoint
     if is_whole_address(settings.base_url):  # a slug would only name the model there
         endpoint = endpoint or getattr(options, "model", None)
@@ -6346,8 +5954,7 @@ def _user_settings(options, console, endpoint_needed):
         raise UsageError(f"no endpoint: give --endpoint SLUG, or set {ENV_ENDPOINT}, "
                          "or try without one: --demo")
     if not options.dry_run:  # only now a program may be run for the key
-        read_key = functools.partial(fetch_key, waiter=console.waiter)
-        settings = resolve_settings(options, environ, config, read_key)
+        settings = resolve(functools.partial(fetch_key, waiter=console.waiter))
     return settings._replace(endpoint=endpoint)
 
 @contextlib.contextmanager
@@ -6358,7 +5965,7 @@ def open_settings(options, console, endpoint_needed=True):
     """
     with contextlib.ExitStack() as stack:
         if options.demo:
-            settings = stack.enter_context(_demo_settings(options))
+            settings = _demo_settings(options, stack.enter_context(demo_endpoint()))
         else:
             settings = _user_settings(options, console, endpoint_needed)
         console.json = settings.output == "json"
@@ -6378,20 +5985,15 @@ def change_settings(options, console, first_url, settings, context, endpoint):
     if options.demo:
         raise UsageError("--demo has no contexts")
     config = read_config()
-    changed = argparse.Namespace(**vars(options))
-    changed.context = context
-    changed.endpoint = endpoint
-    changed.base_url = None
     deployment = find_deployment(config, context)
+    changed = dict(vars(options), context=context, endpoint=endpoint, base_url=None)
     if not same_origin(deployment.get("base_url"), first_url):
-        changed.api_key = None
-        changed.header = []
+        changed.update(api_key=None, header=[])
     read_key = functools.partial(fetch_key, waiter=console.waiter)
+    changed = argparse.Namespace(**changed)
     found = resolve_settings(changed, environment(), config, read_key)
     console.secrets = console.secrets + secret_texts(found)
-    if not found.endpoint:
-        found = found._replace(endpoint=settings.endpoint)
-    return found
+    return found._replace(endpoint=found.endpoint or settings.endpoint)
 
 def confirm(question, console):
     """Return whether the person at the terminal answers *question* with yes."""
@@ -6455,15 +6057,16 @@ def read_message(options, console):
     text = options.message
     if text is None and options.attach:
         return ""
-    if text is None and console.stdin_is_terminal():
-        data = None
-    elif text in (None, "-"):
-        data = console.read_stdin()
-    else:
+    name = "the message"
+    if text not in (None, "-"):
         data = text.encode("utf-8", "surrogateescape")
+    else:
+        name = "standard input"
+        data = None
+        if text == "-" or not console.stdin_is_terminal():
+            data = console.read_stdin()
     if data is None:
         raise UsageError("no message: give -m TEXT, or pipe one in")
-    name = "standard input" if text in (None, "-") else "the message"
     text = decode_prompt(data, name)
     if not text.strip():
         raise UnusableInputError("the message is empty")
@@ -6475,7 +6078,8 @@ def read_question(options, console):
     attachments = []
     for path in options.attach:
         if path == "-":
-            attachments.append(read_attachment(path, console.read_stdin()))
+            data = console.read_stdin() or b""
+            attachments.append(parse_attachment(None, "standard input", data))
         else:  # in a thread: it may be a pipe that says nothing
             read = functools.partial(read_attachment, path)
             attachments.append(console.waiter.run_in_thread(read, None))
@@ -6490,40 +6094,23 @@ def note_unread_stdin(options, console):
         console.note("standard input is not read: --attach - adds it to the question, "
                      "-q silences this note")
 
-class CodeBlockView:
-    """Show the first code block of an answer, and nothing else, once the answer is whole."""
+def show_code_block(request, settings, console, reply):
+    """Send *request* and show the first code block of the answer, once it is whole.
 
-    started = False
-
-    def __init__(self, console, reply):
-        self._console = console
-        self._reply = reply
-
-    def show(self, chunk):
-        """Wait for the rest: the Reply keeps what came."""
-
-    def finish(self):
-        """Write the block; raise ServerError where there is none."""
-        block = extract_code_block(self._reply.text)
+    Where there is none, or the answer fails, what came of it goes to stderr.
+    """
+    try:
+        receive_answer(request, settings, console, reply, len)
+        reply.check_answer()
+        block = extract_code_block(reply.text)
         if block is None:
             raise ServerError("there is no code block in the answer")
-        if not block.endswith("\n"):
-            block += "\n"
-        self._console.write(block)
-
-def show_single(request, options, settings, console, reply):
-    """Send *request* and show the answer, or on stderr what --extract can take nothing from."""
-    if not options.extract:
-        view = build_view(console, settings.stream, options.plain, options.show_reasoning)
-        show_answer(request, settings, console, view, reply)
-        return
-    try:
-        show_answer(request, settings, console, CodeBlockView(console, reply), reply)
     except XeroctlError:
         if reply.text:
             for line in reply.text.rstrip("\n").split("\n"):
                 console.print_line(line)
         raise
+    console.write(end_line(block))
 
 def check_json(reply, is_extracted):
     """Raise ServerError where the answer, or its code block, is not JSON as --schema asks."""
@@ -6550,7 +6137,11 @@ def run_single(options, settings, console, conversation, store):
     reply = Reply(token_limit(sampling))
     conversation.unanswered = question
     try:
-        show_single(request, options, settings, console, reply)
+        if options.extract:
+            show_code_block(request, settings, console, reply)
+        else:
+            view = build_view(console, settings.stream, options.plain, options.show_reasoning)
+            show_answer(request, settings, console, view, reply)
         report_reply(reply, reply.seconds, settings.stream, options.show_usage, console)
         if options.schema is not None:
             check_json(reply, options.extract)
@@ -6590,9 +6181,8 @@ def run_models(options, console):
             send_dry_run(request, settings, console)
             return
         document = request_json(request, settings, console)
-    rows = []
-    for model in list_items(document, "models"):
-        rows.append((get_field(model, "id", str) or "",))
+    models = list_items(document, "models")
+    rows = [(get_field(model, "id", str) or "",) for model in models]
     show_rows(document, ("id",), rows, console)
 
 # -- Commands: config -------------------------------------------------------------------------
@@ -6601,16 +6191,6 @@ LIST_NAMES = ["", "name", "key", "endpoint", "base URL"]
 MAX_KEY_COLUMNS = 30
 MIN_URL_COLUMNS = 20
 ADDRESS_VARIABLES = (ENV_BASE_URL, ENV_API_KEY, ENV_CONTEXT, ENV_ENDPOINT)
-
-def describe_key(deployment):
-    """Return where the key of *deployment* is kept, or as much of it as may be shown."""
-    field = kept_key(deployment)
-    if field is None:
-        return ""
-    if field == "api_key":
-        return mask_key(deployment[field])
-    kind = field[len("api_key_"):]
-    return f"{kind} {deployment[field]}"
 
 def mask_secrets(name, value):
     """Return the *value* of the config field *name* with what may be a secret in it masked.
@@ -6623,21 +6203,19 @@ def mask_secrets(name, value):
         return [mask_secrets(name, item) for item in value]
     if is_secret_name(name) and name not in (".api_key_keychain", ".api_key_command"):
         return mask_key(str(value))
-    if isinstance(value, str):
-        return re.sub("//[^/]*@", "//****@", value)
-    return json.loads(json.dumps(value, default=str))  # a date becomes a text
+    if isinstance(value, (bool, int, float)):
+        return value
+    return re.sub("//[^/]*@", "//****@", str(value))  # a date becomes a text
 
 def fit_rows(rows, columns):
     """Return the *rows* of a list for so many *columns*: long keys and URLs cut in the middle."""
     fitted = []
-    for mark, name, key, endpoint, _ in rows:
-        key = truncate_middle(key, MAX_KEY_COLUMNS)
-        fitted.append([mark, name, key, endpoint])
+    for name, mark, _, key, endpoint in rows:
+        fitted.append([mark, name, truncate_middle(key, MAX_KEY_COLUMNS), endpoint])
     lines = table_lines(LIST_NAMES[:-1], fitted, sys.maxsize)
     left = columns - max(map(display_width, lines)) - 2
     for cells, row in zip(fitted, rows):
-        url = truncate_middle(row[-1], max(left, MIN_URL_COLUMNS))
-        cells.append(url)
+        cells.append(truncate_middle(row[2], max(left, MIN_URL_COLUMNS)))
     return fitted
 
 def run_config_list(options, console):
@@ -6649,23 +6227,21 @@ def run_config_list(options, console):
         return
     masked = {}
     rows = []
-    piped_rows = []
     for name, deployment in config.deployments.items():
-        masked[name] = mask_secrets("", deployment)
+        fields = mask_secrets("", deployment)
+        masked[name] = fields
         mark = "*" if name == config.current else ""
-        url = masked[name].get("base_url", "")
-        key = describe_key(deployment)
-        endpoint = deployment.get("endpoint", "")
-        rows.append([mark, name, key, endpoint, url])
-        piped_rows.append([name, mark, url, key])
-        if endpoint:
-            piped_rows[-1].append(endpoint)
-    document = {"current": config.current, "deployment": masked}
+        key_field = kept_key(fields) or "api_key"
+        kind = key_field[len("api_key_"):]
+        key = f"{kind} {fields.get(key_field, '')}".strip()
+        url = fields.get("base_url", "")
+        endpoint = fields.get("endpoint", "")
+        rows.append([name, mark, url, key, endpoint])
     if console.out.is_terminal:
         rows = fit_rows(rows, console.out.width())
-        show_rows(document, LIST_NAMES, rows, console)
     else:
-        show_rows(document, [], piped_rows, console)
+        rows = [row if row[-1] else row[:-1] for row in rows]
+    show_rows({"current": config.current, "deployment": masked}, LIST_NAMES, rows, console)
 
 def run_config_show(options, console):
     """Show one deployment, the chosen one unless another is named."""
@@ -6673,9 +6249,9 @@ def run_config_show(options, console):
     console.note(*config.warnings)
     name = options.name or options.context or environment()[ENV_CONTEXT] or config.current
     if name is None:
-        raise UsageError(f"no context is chosen: {config.path} has: {known_contexts(config)}")
-    deployment = find_deployment(config, name)
-    fields = dict({"name": name}, **mask_secrets("", deployment))
+        raise UsageError(f"no context is chosen: {known_contexts(config)}")
+    fields = {"name": name}
+    fields.update(mask_secrets("", find_deployment(config, name)))
     if console.json:
         show_json(fields, console)
         return
@@ -6692,46 +6268,43 @@ def run_config_path(options, console):
         console.write(path + "\n")
 
 def read_given_key(options, console):
-    """Return the key of --api-key, a line of standard input for -; None where none is given."""
+    """Put the key that a line of standard input holds in the place of --api-key -."""
     if options.api_key != "-":
-        return options.api_key
+        return
     key = ""
     with contextlib.suppress(EOFError):
         key = console.read_secret("API key, not shown: ")
     if key in ("", "-"):
         raise UsageError("no API key on standard input")
-    return check_api_key(key)
+    options.api_key = check_api_key(key)
 
-def change_fields(deployment, base_url, api_key, endpoint):
-    """Return *deployment* with other values; None changes nothing, an empty text removes."""
-    if base_url:
-        base_url = check_base_url(base_url)
-    values = {"base_url": base_url, "api_key": api_key, "endpoint": endpoint}
-    if api_key == "":
-        values[kept_key(deployment)] = ""  # wherever it is kept
+def change_fields(deployment, options):
+    """Return *deployment* with the values of *options*: None changes nothing, "" removes."""
     changed = dict(deployment)
-    for field, value in values.items():
-        if value == "":
-            changed.pop(field, None)
-        elif value is not None:
+    for field in ("base_url", "api_key", "endpoint"):
+        value = getattr(options, field)
+        if value:
             changed[field] = value
+        elif value == "":
+            changed.pop(field, None)
+    if options.api_key == "":  # wherever the key is kept
+        changed.pop(kept_key(deployment), None)
+    if options.base_url:
+        changed["base_url"] = check_base_url(options.base_url)
     if changed.get("endpoint"):
         check_endpoint(changed["endpoint"], changed.get("base_url", ""), "--endpoint")
     return changed
 
-def add_deployment(name, base_url, api_key, endpoint, console):
+def add_deployment(options, console):
     """Put a new deployment into the config file; it becomes the current one if there is none."""
-    deployment = change_fields({}, base_url, api_key, endpoint)
-
-    def change(config):
+    name = options.name
+    deployment = change_fields({}, options)
+    with change_config() as config:
         if name in config.deployments:
-            raise UsageError(f"{name} is there already: change it with: xeroctl config set {name}")
-        current = config.current
-        if current not in config.deployments:
-            current = name
-        return current, dict(config.deployments, **{name: deployment})
-
-    config = change_config(change)
+            raise UsageError(f"{name} already exists: change it with: xeroctl config set {name}")
+        if config.current not in config.deployments:
+            config.current = name
+        config.deployments[name] = deployment
     advice = f"choose it with --context {name}, or with: xeroctl config use {name}"
     if config.current == name:
         advice = "it is the current one"
@@ -6742,106 +6315,91 @@ def run_config_add(options, console):
     refuse_dry_run(options)
     if not options.base_url:
         raise UsageError("no base URL: give --base-url URL")
-    api_key = read_given_key(options, console)
-    add_deployment(options.name, options.base_url, api_key, options.endpoint, console)
+    read_given_key(options, console)
+    add_deployment(options, console)
 
 def run_config_set(options, console):
     """Change a deployment in place; an empty value removes a field."""
     refuse_dry_run(options)
     name = options.name
-    api_key = read_given_key(options, console)
-    if (options.base_url, api_key, options.endpoint) == (None, None, None):
+    read_given_key(options, console)
+    if (options.base_url, options.api_key, options.endpoint) == (None, None, None):
         raise UsageError("nothing to change: give --base-url, --api-key or --endpoint")
-    notes = []
-
-    def change(config):
+    with change_config() as config:
         old = find_deployment(config, name)
-        new = change_fields(old, options.base_url, api_key, options.endpoint)
-        keeps_key = api_key is None and kept_key(old)
-        if keeps_key and options.base_url and not same_origin(old.get("base_url"), new["base_url"]):
-            notes.append(f"the API key of {name} goes to {new['base_url']} from now on")
-        return config.current, dict(config.deployments, **{name: new})
-
-    config = change_config(change)
-    console.note(f"changed {name} in {config.path}", *notes)
+        new = change_fields(old, options)
+        config.deployments[name] = new
+    console.note(f"changed {name} in {config.path}")
+    keeps_key = kept_key(old) and options.api_key is None
+    if keeps_key and options.base_url and not same_origin(old.get("base_url"), new["base_url"]):
+        console.note(f"the API key of {name} goes to {new['base_url']} from now on")
 
 def run_config_use(options, console):
     """Make a deployment the current one."""
     refuse_dry_run(options)
-
-    def change(config):
+    with change_config() as config:
         find_deployment(config, options.name)
-        return options.name, config.deployments
-
-    change_config(change)
+        config.current = options.name
     console.note(f"{options.name} is the current context")
-    environ = environment()
-    for variable in ADDRESS_VARIABLES:
-        if environ[variable]:
-            console.note(f"{variable} is set, and counts before it")
+    for variable, value in environment().items():
+        if value and variable in ADDRESS_VARIABLES:
+            console.note(f"{variable} is set and takes precedence")
 
 def run_config_remove(options, console):
     """Remove a deployment."""
     refuse_dry_run(options)
-
-    def change(config):
+    with change_config() as config:
         find_deployment(config, options.name)
-        deployments = dict(config.deployments)
-        del deployments[options.name]
-        current = config.current
-        if current == options.name:
-            current = None
-        return current, deployments
-
-    config = change_config(change)
-    sentence = f"removed {options.name}"
+        del config.deployments[options.name]
+        if config.current == options.name:
+            config.current = None
+    advice = ""
     if config.deployments and config.current is None:
-        sentence += (": none is the current one now, "
-                     "choose one with: xeroctl config use CONTEXT")
-    console.note(sentence)
-
-def ask(read, question, check, console):
-    """Return what a person answers; ask again until *check*, which raises UsageError, takes it."""
-    while True:
-        try:
-            return check(read(question).strip())
-        except UsageError as error:
-            console.print_error(error)
+        advice = ": no context is chosen now, choose one with: xeroctl config use CONTEXT"
+    console.note(f"removed {options.name}{advice}")
 
 def ask_deployment(options, console):
-    """Return the name of a new deployment; ask for it and for what *options* do not give."""
+    """Ask for what *options* do not give of a new deployment, each until it is usable."""
     deployments = read_config().deployments
 
     def check_name(text):
         name = text or "default"
         if name in deployments:
-            raise UsageError(f"{name} is there already: take another name")
+            raise UsageError(f"{name} already exists: take another name")
         return check_deployment_name(name)
 
     def check_slug(text):
-        return text and check_endpoint(text, options.base_url, "the endpoint")
+        plain_url = plain_address(options.base_url)
+        if not text or is_endpoint(text, options.base_url):
+            return text
+        if not plain_url or " " in text:
+            return check_endpoint(text, options.base_url, "the endpoint")
+        options.base_url = plain_url
+        console.note(f"{text} is not a slug: the base URL is {plain_url}")
+        return text
 
-    name = ask(console.read_line, "name [default]: ", check_name, console)
-    if not options.base_url:
-        question = "base URL (Xerotier .../PROJECT/v1, else .../chat/completions): "
-        options.base_url = ask(console.read_line, question, check_base_url, console)
-    if options.api_key in (None, "-"):
-        question = "API key, not shown; Enter for none: "
-        options.api_key = ask(console.read_secret, question, check_api_key, console)
-    if not options.endpoint:
-        question = "endpoint [to be given with each command]: "
-        options.endpoint = ask(console.read_line, question, check_slug, console)
-    return name
+    options.name = None
+    for field, read, question, check in (
+            ("name", console.read_line, "name [default]: ", check_name),
+            ("base_url", console.read_line,
+             "base URL (Xerotier .../PROJECT/v1, else .../chat/completions): ", check_base_url),
+            ("api_key", console.read_secret,
+             "API key, not shown; Enter for none: ", check_api_key),
+            ("endpoint", console.read_line,
+             "endpoint [to be given with each command]: ", check_slug)):
+        value = getattr(options, field)
+        is_given = value not in (None, "-")
+        if is_given:
+            value = check(value)
+        while not is_given:
+            try:
+                value = check(read(question).strip())
+                is_given = True
+            except UsageError as error:
+                console.print_error(error)
+        setattr(options, field, value)
 
-def answers_for_models(settings, console):
-    """Ask for the models; return False for HTTP 404.  Raise what makes the address doubtful."""
-    try:
-        request_json(build_models_request(settings), settings, console)
-    except RefusedError as error:  # it answers
-        return error.status != 404
-    return True
-
-def try_address(settings, console):
+def find_address(settings, console):
     """Return the base URL that answers: where the slug in it is not found, perhaps the plain one.
 
     Raise the error that makes the address doubtful.
@@ -6849,15 +6407,19 @@ def try_address(settings, console):
     base_url = settings.base_url
     if "{endpoint}" in base_url and not settings.endpoint:
         return base_url  # there is nothing to ask yet
-    is_found = answers_for_models(settings, console)
-    plain_url = plain_address(base_url)
-    if is_found or not plain_url or not settings.endpoint:
+    try:
+        request_json(build_models_request(settings), settings, console)
         return base_url
+    except RefusedError as error:  # it answers
+        plain_url = plain_address(base_url)
+        if error.status != 404 or not settings.endpoint or not plain_url:
+            return base_url
     with contextlib.suppress(XeroctlError):
-        if answers_for_models(settings._replace(base_url=plain_url), console):
-            console.note(f"{base_url} has no address for an endpoint, but {plain_url} answers: "
-                         "that is kept")
-            return plain_url
+        request = build_models_request(settings._replace(base_url=plain_url))
+        request_json(request, settings, console)
+        console.note(f"{base_url} has no address for an endpoint, but {plain_url} answers: "
+                     "that is kept")
+        return plain_url
     return base_url
 
 def run_config_init(options, console):
@@ -6867,69 +6429,82 @@ def run_config_init(options, console):
         raise UsageError("config init asks at a terminal: without one use xeroctl config add")
     options.context = None
     try:
-        name = ask_deployment(options, console)
-        settings = resolve_settings(options, {}, Config("", None, {}, []), fetch_key)
+        ask_deployment(options, console)
+        settings = resolve_settings(options, {}, Config("", None, {}, []), None)
         settings = settings._replace(retries=0)
         console.secrets = secret_texts(settings)
         console.note(*settings.notes)
-        options.base_url = try_address(settings, console)
+        options.base_url = find_address(settings, console)
     except EOFError:
         console.print_line("")
         raise UsageError("nothing was written") from None
     except (NetworkError, ServerError, AuthError, RateLimitError, CutShortError) as error:
         console.print_error(error)
-        if not confirm("Keep it all the same?", console):
+        if not confirm("Keep it anyway?", console):
             raise UsageError("nothing was written") from error
-    add_deployment(name, options.base_url, options.api_key, options.endpoint, console)
-    command = f"xeroctl chat --context {name}"
+    add_deployment(options, console)
+    command = f"xeroctl chat --context {options.name}"
     if not options.endpoint:
         command += " --endpoint SLUG"
     console.note(f"next: {command} -m Hello")
 # -- Commands: status -------------------------------------------------------------------------
 
 STATUS_STEPS = ("settings", "name", "connection", "tls", "authorisation", "completion")
-STEP_WORDS = {  # "ok" of a step in JSON -> its word on a terminal, and the colour of that
+STEP_WORDS = {  # "ok" of a step in JSON -> its word on a terminal, and the colour
     True: ("ok", "\x1b[32m"),
     None: ("-", "\x1b[33m"),
-    False: ("FAILED", "\x1b[31m"),
+    False: ("FAILED", RED),
 }
 STATUS_QUESTION = "Count from one to ten."
 STATUS_MAX_TOKENS = 16
 ARRIVAL_GAP_SECONDS = 0.001  # chunks that are closer came together
 LUMP_SECONDS = 0.1  # an answer that is whole sooner may simply be fast
 
-class Steps:
+class Check(ConnectLog):
     """The steps of a check: shown one by one as they end, or with -o json as one object."""
 
     def __init__(self, console):
+        super().__init__(console.trace)
+        self.is_plain = False  # the address is http://
         self._console = console
-        self._since = time.monotonic()
+        self._started = time.monotonic()  # of the step
         self._done = []  # JSON objects
 
-    def add(self, name, *sentences, ok=True, **facts):
-        """Note that the step *name* ended now, and what is known from it; *ok* None: who knows."""
+    def add_step(self, name, sentence, **facts):
+        """Note that the step *name* of connecting ended now, and show it."""
+        super().add_step(name, sentence, **facts)
+        expires = facts.get("certificate_expires")
+        if expires:
+            from ssl import cert_time_to_seconds
+
+            seconds_left = cert_time_to_seconds(expires) - time.time()
+            facts["certificate_days"] = int(seconds_left // (24 * 60 * 60))
+            sentence += ", " + plural(facts["certificate_days"], "more day")
+        self.end_step(name, [sentence], facts)
+        if name == "connection" and self.is_plain:
+            self.end_step("tls", ["none: the address is http://"], {"version": None})
+
+    def end_step(self, name, sentences, facts, ok=True):
+        """Note that the step *name* ended now, and what is known from it; *ok* None: unknown."""
         now = time.monotonic()
-        seconds = now - self._since
-        self._since = now
-        step = {"step": name, "ok": ok, "seconds": round(seconds, 4)}
-        step.update(facts)
-        self._done.append(step)
+        seconds = now - self._started
+        self._started = now
+        self._done.append(dict(facts, step=name, ok=ok, seconds=round(seconds, 4)))
         if self._console.json:
             return
         if self._console.out.is_terminal:
             self._draw(name, ok, seconds, sentences)
             return
-        text = one_line(", ".join(sentences) or "failed")
+        text = one_line(", ".join(sentences))
         self._console.write(f"{name:<13}  {seconds:7.3f} s  {text}\n")
 
     def fail(self, error):
-        """Note that the step after the last one failed with *error*, and show the whole."""
-        index = 0
-        if self._done:
-            last = self._done[-1]["step"]
-            index = STATUS_STEPS.index(last) + 1
-        self.add(STATUS_STEPS[index], ok=False, message=str(error))
-        self.finish(False)
+        """Note that the step after the last one failed with *error*."""
+        name = STATUS_STEPS[len(self._done)]
+        sentences = []
+        if not self._console.out.is_terminal:
+            sentences.append("failed")
+        self.end_step(name, sentences, {"message": str(error)}, ok=False)
 
     def finish(self, good):
         """Show the one object of -o json; *good* says that no step failed."""
@@ -6942,7 +6517,7 @@ class Steps:
 
         home = utf8_argument(os.path.expanduser("~"))
         word, colour = STEP_WORDS[ok]
-        took = format_seconds(seconds)
+        took = f"{seconds:.2f} s"
         margin = f"{name:<14}{word:<7}{took:>6}  "
         columns = max(20, self._console.out.width() - len(margin))
         lines = []
@@ -6950,35 +6525,10 @@ class Steps:
             text = one_line(sentence).replace(home + "/", "~/")
             lines += wrap(text, columns, break_long_words=False, break_on_hyphens=False)
         separator = "\n" + name.ljust(len(margin))
-        text = margin + separator.join(lines)
-        text = text.rstrip() + "\n"
+        text = (margin + separator.join(lines)).rstrip() + "\n"
         if self._console.out.styled:
-            coloured = colour + word + RESET
-            text = text.replace(word, coloured, 1)
+            text = text.replace(word, colour + word + RESET, 1)
         self._console.write_styled(text)
-
-class CheckLog(ConnectLog):
-    """A ConnectLog that shows the steps of connecting as steps of the check."""
-
-    def __init__(self, steps, is_plain, trace):
-        super().__init__(trace)
-        self._check = steps
-        self._is_plain = is_plain
-
-    def add_step(self, name, sentence, **facts):
-        """Note that the step *name* ended now, and show it."""
-        super().add_step(name, sentence, **facts)
-        expires = facts.get("certificate_expires")
-        if expires:
-            from ssl import cert_time_to_seconds
-
-            seconds_left = cert_time_to_seconds(expires) - time.time()
-            days = int(seconds_left // (24 * 60 * 60))
-            facts["certificate_days"] = days
-            sentence += ", " + plural(days, "more day")
-        self._check.add(name, sentence, **facts)
-        if name == "connection" and self._is_plain:
-            self._check.add("tls", "none: the address is http://", version=None)
 
 def describe_settings(settings, console):
     """Return sentences that say which base URL and key are used, and where they come from."""
@@ -6992,11 +6542,11 @@ def describe_settings(settings, console):
     key = mask_key(settings.api_key)
     return [url_sentence, f"API key {key} ({key_source})"]
 
-def check_models(settings, steps, console, log):
-    """See who answers, and whether the key is accepted, by asking for the models."""
+def check_models(settings, check, console):
+    """Find out who answers, and whether the key is accepted, by asking for the models."""
     request = build_models_request(settings)
     try:
-        document = request_json(request, settings, console, log)
+        document = request_json(request, settings, console, check)
         count = len(list_items(document, "models"))
     except (AuthError, RefusedError) as error:
         # A key can be restricted to completions of one endpoint, and a server can lack the list.
@@ -7004,10 +6554,11 @@ def check_models(settings, steps, console, log):
         if error.status not in (404, 405) and not is_restricted:
             raise
         message = str(error)
-        steps.add("authorisation", "not known: " + message, ok=None, message=message)
+        check.end_step("authorisation", ["not known: " + message], {"message": message}, ok=None)
         return
     key = "with the key" if settings.api_key else "without a key"
-    steps.add("authorisation", f"HTTP 200 {key}, models: {count}", models=count)
+    sentence = f"HTTP 200 {key}, models: {count}"
+    check.end_step("authorisation", [sentence], {"models": count})
 
 def describe_pace(chunks, arrivals, seconds):
     """Return how the *chunks* of an answer that took *seconds* came, at so many *arrivals*."""
@@ -7022,149 +6573,122 @@ def describe_pace(chunks, arrivals, seconds):
     return f"in {arrivals} lumps"
 
 def measure_answer(request, settings, console):
-    """Return the Reply to *request*, the number of its chunks, and at how many times they came."""
+    """Return the Reply to *request*, and the Chunks that it came in."""
     reply = Reply()
-    chunk_count = 0
-    arrivals = 0
-    last_at = None
-    log = ConnectLog(console.trace)
-    with contextlib.closing(stream_once(request, settings, console, log)) as chunks:
-        for chunk in chunks:
-            reply.add(chunk)
-            chunk_count += len(chunk.documents)
-            if last_at is None or chunk.at - last_at > ARRIVAL_GAP_SECONDS:
-                arrivals += 1
-            last_at = chunk.at
+    chunks = []
+    receive_answer(request, settings, console, reply, chunks.append)
     if not reply.has_reasoning:  # a model that reasons may need all the tokens for that
         reply.check_answer()
-    reply.seconds = time.monotonic() - log.sent_at
-    if reply.first_at is not None:
-        reply.first_seconds = reply.first_at - log.sent_at
-    return reply, chunk_count, arrivals
-
-def other_form(request, error):
-    """Return *request* in the form that *error*, which refused it, asks for, or None."""
-    plainer = without_stream_options(request)
-    if plainer and refuses_stream_options(error):
-        return plainer
-    told = f"{error} {error.body}"
-    if error.status in (400, 422) and re.search("max_(completion_)?tokens", told):
-        body = request.body.replace(b'"max_tokens"', b'"max_completion_tokens"')
-        if body != request.body:
-            return request._replace(body=body)
-    return None
+    return reply, chunks
 
 def measure_completion(settings, console):
-    """Return what measure_answer does for a short question; each form of it is sent once."""
+    """Return what measure_answer does for a short question."""
     sampling = Sampling(None, {"max_tokens": STATUS_MAX_TOKENS}, [])
     messages = [build_message(STATUS_QUESTION)]
     request = build_chat_request(sampling, settings, messages, True)
-    while True:
-        try:
-            with console.spinner("waiting"):
-                return measure_answer(request, settings, console)
-        except RefusedError as error:
-            request = other_form(request, error)
-            if request is None:
-                raise
+    try:
+        return measure_answer(request, settings, console)
+    except RefusedError as error:
+        told = f"{error} {error.body}"
+        if error.status not in (400, 422) or not re.search("max_(completion_)?tokens", told):
+            raise
+    body = request.body.replace(b'"max_tokens"', b'"max_completion_tokens"')
+    return measure_answer(request._replace(body=body), settings, console)
 
-def raise_with_plain_address(settings, console, error):
-    """Raise *error*, or a RefusedError that names the address without a slug if that answers."""
+def name_plain_address(settings, console, error):
+    """Raise a RefusedError that names the address without a slug, where that one answers."""
     address = plain_address(settings.base_url)
     if error.status != 404 or address is None:
-        raise error
+        return
     try:
         measure_completion(settings._replace(base_url=address), console)
     except XeroctlError:
-        raise error from None
+        return
     raise RefusedError(f"HTTP 404 below {settings.base_url}, but {address} answers: this server "
                        "has no slugs: make that the base URL", 404) from error
 
-def check_completion(settings, steps, console):
-    """See how a short completion is streamed."""
+def check_completion(settings, check, console):
+    """Find out how a short completion is streamed."""
     try:
-        reply, chunks, arrivals = measure_completion(settings, console)
+        reply, chunks = measure_completion(settings, console)
     except RefusedError as error:
-        raise_with_plain_address(settings, console, error)
-    facts = dict(usage_fields(reply, reply.seconds, True))
+        name_plain_address(settings, console, error)
+        raise
+    times = [chunk.at for chunk in chunks]
+    gaps = [later - at for at, later in zip(times, times[1:])]
+    arrivals = 1 + sum(gap > ARRIVAL_GAP_SECONDS for gap in gaps)
+    count = sum(len(chunk.documents) for chunk in chunks)
+    facts = usage_fields(reply, reply.seconds, True)
     del facts["seconds"]  # the step has its own
-    facts.update(model=reply.model, chunks=chunks, arrivals=arrivals)
-    pace = describe_pace(chunks, arrivals, reply.seconds)
-    model = reply.model or "not told"
-    words = [f"model {model}", pace]
+    facts.update(model=reply.model, chunks=count, arrivals=arrivals)
+    sentences = []
     if reply.first_seconds is not None:
-        first = format_seconds(reply.first_seconds)
-        words.insert(0, f"first token after {first}")
-    rate = facts.get("tokens_per_second")
-    if rate is not None:
-        words.append(f"{rate:.1f} tokens/s after it")
-    steps.add("completion", ", ".join(words), **facts)
+        sentences.append(f"first token after {reply.first_seconds:.2f} s")
+    model = reply.model or "not told"
+    sentences.append(f"model {model}")
+    sentences.append(describe_pace(count, arrivals, reply.seconds))
+    if "tokens_per_second" in facts:
+        sentences.append(f"{facts['tokens_per_second']:.1f} tokens/s after it")
+    check.end_step("completion", [", ".join(sentences)], facts)
 
-def run_checks(settings, steps, console):
+def run_checks(settings, check, console):
     """Check what the Settings lead to; raise the error of the first step that fails."""
     import urllib.request  # so that no step is charged for it
 
     route = find_route(build_models_request(settings).url)
     if route.tls:
         tls_context(settings.cacert)
+    check.is_plain = not route.tls
     facts = {
         "base_url": settings.base_url,
         "api_key": mask_key(settings.api_key) or None,
         "endpoint": settings.endpoint,
         "sources": settings.sources,
     }
-    sentences = describe_settings(settings, console)
-    steps.add("settings", *sentences, **facts)
-    log = CheckLog(steps, not route.tls, console.trace)
-    check_models(settings, steps, console, log)
+    check.end_step("settings", describe_settings(settings, console), facts)
+    check_models(settings, check, console)
     if settings.endpoint:
-        check_completion(settings, steps, console)
+        check_completion(settings, check, console)
     else:
         console.note("to try a completion too, give --endpoint SLUG")
 
 def run_status(options, console):
     """Check a deployment step by step; the first failure ends it."""
     refuse_dry_run(options)
-    steps = Steps(console)
+    check = Check(console)
     try:
         with open_settings(options, console, endpoint_needed=False) as settings:
-            run_checks(settings._replace(retries=0), steps, console)
+            run_checks(settings._replace(retries=0), check, console)
     except OutputError:
         raise
     except XeroctlError as error:
-        steps.fail(error)
+        check.fail(error)
+        check.finish(False)
         raise
-    steps.finish(True)
+    check.finish(True)
 
 # -- Commands: completions --------------------------------------------------------------------
 
 COMPLETION_COLUMNS = ("id", "created", "model", "tokens", "metadata")
 MAX_MESSAGE_PAGES = 1000
 
-def metadata_text(completion):
-    """Return the metadata of *completion* as NAME=VALUE words, sorted by name."""
-    words = []
-    metadata = get_field(completion, "metadata", dict) or {}
-    for name, value in sorted(metadata.items()):
-        if not isinstance(value, str):
-            value = json_text(value)
-        words.append(f"{name}={value}")
-    return " ".join(words)
-
 def completion_row(completion):
     """Return the cells that a list shows of a stored completion."""
+    name, model = [get_field(completion, field, str) or "" for field in ("id", "model")]
     created = get_field(completion, "created", (int, float))
     stamp = ""
-    if created is not None and 0 <= created < 1e11:  # what is larger is no time in seconds
+    if created is not None and 0 <= created < 1e11:  # more is not a time in seconds
         stamp = utc_stamp(created)
-    total = parse_usage(get_field(completion, "usage", dict)).total
-    return (
-        get_field(completion, "id", str) or "",
-        stamp,
-        get_field(completion, "model", str) or "",
-        "" if total is None else str(total),
-        metadata_text(completion),
-    )
+    tokens = parse_usage(get_field(completion, "usage", dict)).total
+    if tokens is None:
+        tokens = ""
+    tags = []
+    metadata = get_field(completion, "metadata", dict) or {}
+    for tag, value in sorted(metadata.items()):
+        if not isinstance(value, str):
+            value = json_text(value)
+        tags.append(f"{tag}={value}")
+    return name, stamp, model, str(tokens), " ".join(tags)
 
 def answer_message(completion):
     """Return the message of the first choice in *completion*; raise ServerError for none."""
@@ -7175,22 +6699,12 @@ def answer_message(completion):
     raise ServerError("the reply holds no completion")
 
 def list_query(options):
-    """Return the (name, value) pairs of the query that the filters in *options* stand for."""
-    query = []
-    for name in ("limit", "after", "order", "model"):
-        value = getattr(options, name)
-        if value is not None:
-            query.append((name, value))
-    for name, value in options.tags + options.more_tags:
-        query.append((f"metadata[{name}]", value))
-    return query
+    """Return the (name, value) pairs of the query for the filters in *options*."""
+    query = [(name, getattr(options, name)) for name in ("limit", "after", "order", "model")]
+    query += [(f"metadata[{name}]", value) for name, value in options.metadata]
+    return [(name, value) for name, value in query if value is not None]
 
-def refuse_filters(options):
-    """Raise UsageError for filters before a command that does not list."""
-    if list_query(options):
-        raise UsageError(f"--limit and the other filters go with list, not with {options.verb}")
-
-def request_stored(method, settings, path, console, query=(), body=None):
+def request_stored(settings, console, method, path, query=(), body=None):
     """Return the document that answers *method* at *path* below the stored completions.
 
     For a dry run, show the request and return None.
@@ -7201,70 +6715,67 @@ def request_stored(method, settings, path, console, query=(), body=None):
         return None
     return request_json(request, settings, console)
 
+def last_id(items):
+    """Return the id of the last of *items*, or None."""
+    if items:
+        return get_field(items[-1], "id", str)
+    return None
+
 def run_completions_list(options, console):
     """List the stored completions."""
-    query = list_query(options)
     with open_settings(options, console) as settings:
-        document = request_stored("GET", settings, "", console, query)
-    if settings.dry_run:
+        document = request_stored(settings, console, "GET", "", list_query(options))
+    if options.dry_run:
         return
     completions = list_items(document, "completions")
     rows = [completion_row(completion) for completion in completions]
     show_rows(document, COMPLETION_COLUMNS, rows, console)
-    last = None
-    if completions:
-        last = get_field(completions[-1], "id", str)
+    last = last_id(completions)
     if last and get_field(document, "has_more", bool):
         console.note(f"there are more: add --after {last}")
 
 def run_completions_get(options, console):
     """Show the answer of a stored completion."""
-    refuse_filters(options)
     with open_settings(options, console) as settings:
-        completion = request_stored("GET", settings, "/" + options.id, console)
-    if settings.dry_run:
+        completion = request_stored(settings, console, "GET", "/" + options.id)
+    if options.dry_run:
         return
     if console.json:
         show_json(completion, console)
         return
     text = join_surrogates(content_text(answer_message(completion)))
-    if not text.endswith("\n"):
-        text += "\n"
-    console.write(text)
+    console.write(end_line(text))
 
 def read_messages(name, settings, console):
     """Return all messages of the stored completion *name*, page by page, and its answer."""
     messages = []
-    seen = set()
+    seen = [None]  # last ids of the pages
     query = []
-    while True:
-        document = request_stored("GET", settings, f"/{name}/messages", console, query)
+    has_more = True
+    while has_more:
+        document = request_stored(settings, console, "GET", f"/{name}/messages", query)
         if settings.dry_run:
             return []
         page = list_items(document, "messages")
-        last = None
-        if page:
-            last = get_field(page[-1], "id", str)
-        if last not in seen:
+        has_more = get_field(document, "has_more", bool)
+        last = last_id(page)
+        if last is None or last not in seen:
             messages += page
-        if not get_field(document, "has_more", bool):
-            break
-        if last is None or last in seen or len(seen) == MAX_MESSAGE_PAGES:
+        if has_more and (last in seen or len(seen) == MAX_MESSAGE_PAGES):
             console.note("there may be more messages: the server does not page through them")
             break
-        seen.add(last)
+        seen.append(last)
         query = [("after", last)]
     if messages and messages[-1].get("role") != "assistant":  # some servers keep it apart
-        completion = request_stored("GET", settings, "/" + name, console)
+        completion = request_stored(settings, console, "GET", "/" + name)
         messages.append(dict({"role": "assistant"}, **answer_message(completion)))
     return messages
 
 def run_completions_messages(options, console):
     """Show the conversation of a stored completion; with -o json in a form that /load reads."""
-    refuse_filters(options)
     with open_settings(options, console) as settings:
         messages = read_messages(options.id, settings, console)
-    if settings.dry_run:
+    if options.dry_run:
         return
     if console.json:
         show_json({"object": "list", "data": messages}, console)
@@ -7278,18 +6789,16 @@ def run_completions_messages(options, console):
 
 def run_completions_update(options, console):
     """Replace the metadata of a stored completion."""
-    refuse_filters(options)
     if not options.metadata:
         raise UsageError("nothing to change: give --metadata NAME=VALUE")
-    body = {"metadata": dict(options.metadata)}
     with open_settings(options, console) as settings:
-        completion = request_stored("POST", settings, "/" + options.id, console, body=body)
-    if not settings.dry_run:
+        body = {"metadata": dict(options.metadata)}
+        completion = request_stored(settings, console, "POST", "/" + options.id, body=body)
+    if not options.dry_run:
         show_rows(completion, COMPLETION_COLUMNS, [completion_row(completion)], console)
 
 def run_completions_delete(options, console):
     """Delete stored completions after a yes; go on after a failure, and return its status."""
-    refuse_filters(options)
     asks = not options.yes and not options.dry_run
     if asks and not console.stdin_is_terminal():
         raise UsageError("delete asks at a terminal: without one give --yes")
@@ -7299,14 +6808,14 @@ def run_completions_delete(options, console):
             raise UsageError("nothing was deleted")
         for name in options.id:
             try:
-                document = request_stored("DELETE", settings, "/" + name, console)
+                document = request_stored(settings, console, "DELETE", "/" + name)
                 if get_field(document, "deleted", bool) is False:
                     raise ServerError(f"the server did not delete {name}")
             except XeroctlError as error:
                 console.print_error(error)
                 status = status or error.exit_status
                 continue
-            if settings.dry_run:
+            if options.dry_run:
                 continue
             line = f"deleted {name}"
             if console.json:
@@ -7319,6 +6828,7 @@ def run_completions_delete(options, console):
 CONNECTOR_THREADS = 16
 SPARE_DESCRIPTORS = 40  # of the process, beside its connections
 MAX_SELECT_CONNECTIONS = 500  # Windows' select takes 512 sockets
+READABLE, WRITABLE = 1, 2  # EVENT_READ and EVENT_WRITE of selectors
 SWEEP_SECONDS = 0.1
 BEAT_SECONDS = 0.01  # how often a measuring loop notes how late it wakes
 PROGRESS_SECONDS = 0.5
@@ -7336,9 +6846,9 @@ def allow_connections(count):
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + SPARE_DESCRIPTORS
-    if resource.RLIM_INFINITY in (soft, hard) or wanted <= soft:
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
         return
-    if wanted > hard:
+    if hard != resource.RLIM_INFINITY and wanted > hard:
         raise UsageError(f"{count} connections need {wanted} open files, and this process may "
                          f"have {hard}: see ulimit -n")
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -7353,46 +6863,51 @@ class Exchange:
         self.due = due  # when it should be sent; None: as soon as its connection is open
         self.sent_at = None  # when the first byte left
         self.connect_seconds = None  # None: its connection was open already
+        self.head = None
         self.reply = Reply()
         self.arrivals = []  # (time, number of chunks with text or reasoning), one a read
-        self.head = None
         self.document = None  # of an answer that is not streamed
-        self.error_body = bytearray()
+        self.error_body = b""
         self.error = None
-        self.context = None
-        self._answers = None
+        self._context = None
+        self._answers = None  # None: what comes is the body of an error
 
-    def start_reading(self, head):
-        """Take the ResponseHead *head*: what follows is an answer, or the body of an error."""
-        self.head = head
-        self.context = build_context(head, self.request, self.route, self.settings)
-        if 200 <= head.status <= 299:
-            self._answers = AnswerDecoder(self.request.streamed, head, self.context)
-
-    def feed(self, body, at):
-        """Take some *body* that arrived at the time *at*; return True once the answer has ended."""
+    def feed(self, head, body, at):
+        """Take some *body* that came after *head* at the time *at*; return True at the end."""
+        if self.head is None:
+            self.head = head
+            self._context = build_context(head, self.request, self.route, self.settings)
+            if 200 <= head.status <= 299:
+                self._answers = AnswerDecoder(self.request.streamed, head, self._context)
         if self._answers is None:
-            self.error_body += body[:MAX_ERROR_BYTES - len(self.error_body)]
+            self.error_body = (self.error_body + body)[:MAX_ERROR_BYTES]
             return False
         self._add(self._answers.feed(body, at))
-        return bool(self._answers.ended or self.error)
+        return self._answers.ended
 
     def finish(self, at):
-        """Take the end of the body: from here on *error* is what was wrong, or None."""
+        """Take the end of the body: *error* is what was wrong, or None."""
         if self._answers is None:
-            self.error = parse_error(bytes(self.error_body), self.context)
-            return
-        if self.error is None:
+            self.error = parse_error(self.error_body, self._context)
+        else:
             self._add(self._answers.finish(at))
 
     def fail(self, error, at):
-        """End with *error*, unless the answer is whole, however the wire broke."""
-        if self.head is not None and self._answers is None:
-            self.finish(at)  # the status says more than a body that breaks off
-        elif self.reply.finish_reason and self.request.streamed:
+        """End with *error*, unless the status or a finish reason says more."""
+        is_error_body = self.head is not None and self._answers is None
+        if is_error_body or self.reply.finish_reason:
             self.finish(at)
         else:
             self.error = error
+
+    def find_error(self):
+        """Return what was wrong with the ended exchange, an empty answer included, or None."""
+        if self.error is None:
+            try:
+                self.reply.check_answer()
+            except XeroctlError as error:
+                return error
+        return self.error
 
     def _add(self, chunk):
         self.error = self._answers.error
@@ -7405,13 +6920,12 @@ class Exchange:
             self.document = chunk.documents[-1]
 
 class Lane:
-    """One connection of a RequestLoop: it is idle, or serves an exchange, or reads to an end."""
+    """A connection of a RequestLoop.  Without a decoder it is idle."""
 
-    def __init__(self, stream, key):
+    def __init__(self, stream):
         self.stream = stream
-        self.key = key  # exchanges with an equal key can use it
-        self.exchange = None
-        self.decoder = None  # of the response, until that has ended
+        self.exchange = None  # None beside a decoder: the rest of a body is read to its end
+        self.decoder = None
         self.unsent = b""
         self.heard_at = 0
         self.is_reused = False
@@ -7430,33 +6944,33 @@ class RequestLoop:
         import socket
 
         self.lags = []  # seconds, one a beat
-        self.in_flight = set()
         self._waiter = waiter
         self._keeps_connections = keeps_connections
         self._selector = selectors.DefaultSelector()
         self._lanes = set()
-        self._idle = {}  # key -> list of lanes
+        self._idle = []  # those of the lanes that can be used
+        self._in_flight = set()
         self._finished = []
-        self._wanted = queue.Queue()  # exchanges that need a connection, for the threads
-        self._connected = []  # (exchange, stream or exception, seconds), from the threads
+        self._wanted = queue.Queue()  # exchanges that need a connection; None ends a thread
+        self._opened = []  # (exchange, Stream or exception, seconds), from the threads
         self._threads = 0
-        self._closed = False
         self._next_sweep = 0
         self._next_beat = float("inf")
         self._bell, self._ring = socket.socketpair()
         self._bell.setblocking(False)
-        self._selector.register(self._bell, selectors.EVENT_READ, None)
+        self.watch(self._bell)
         if waiter.wakeup_fileno is not None:
-            self._selector.register(waiter.wakeup_fileno, selectors.EVENT_READ, None)
+            self.watch(waiter.wakeup_fileno)
 
     def start(self, exchange):
         """Send the request of *exchange* on an idle connection, or on a new one."""
-        self.in_flight.add(exchange)
-        idle = self._idle.get(self._key(exchange))
-        if idle:
-            self._send(idle.pop(), exchange)
-        else:
-            self._connect(exchange)
+        self._in_flight.add(exchange)
+        for lane in reversed(self._idle):
+            if lane.stream.route == exchange.route:
+                self._idle.remove(lane)
+                self._send(lane, exchange)
+                return
+        self._connect(exchange)
 
     def restart_beats(self):
         """Note from now on, once a beat, how late the loop wakes."""
@@ -7465,7 +6979,7 @@ class RequestLoop:
 
     def watch(self, descriptor):
         """Let a turn end when *descriptor* is readable; raise OSError where that cannot be."""
-        self._selector.register(descriptor, 1, None)
+        self._selector.register(descriptor, READABLE, None)
 
     def unwatch(self, descriptor):
         """Undo watch()."""
@@ -7476,115 +6990,93 @@ class RequestLoop:
 
         Raise KeyboardInterrupt or Terminated for a signal.
         """
-        ready = self._selector.select(self._seconds_to_wait(until))
+        # Whole milliseconds, rounded down: epoll rounds up, and would wake late.
+        wake_at = min(until, self._next_sweep, self._next_beat)
+        milliseconds = int((wake_at - time.monotonic()) * 1000)
+        ready = self._selector.select(max(0, milliseconds - 0.5) / 1000)
         received = self._receive(ready)
-        self._note_lag(time.monotonic())
+        now = time.monotonic()
+        while self._next_beat <= now + 0.001:
+            self.lags.append(max(0, now - self._next_beat))
+            self._next_beat += BEAT_SECONDS
         for lane, data, at in received:
             self._parse(lane, data, at)
-        self._adopt_connections()
-        now = time.monotonic()
+        while self._opened:
+            self._adopt(*self._opened.pop(0))
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_SECONDS
             self._end_silent_ones(now)
         self._waiter.check()
-        finished, self._finished = self._finished, []
+        finished = self._finished
+        self._finished = []
         return finished
 
-    def drop(self, exchange):
-        """Give up *exchange*, and its connection."""
-        self.in_flight.discard(exchange)
-        for lane in list(self._lanes):
-            if lane.exchange is exchange:
-                self._close(lane)
-
-    def close(self):
-        """Close all connections and let the threads end."""
-        self._closed = True
-        for _ in range(self._threads):
-            self._wanted.put(None)
+    def drop_all(self):
+        """Give up what is in flight; close all connections."""
+        self._in_flight.clear()
         for lane in list(self._lanes):
             self._close(lane)
-        for _, stream, _ in self._connected:
-            if isinstance(stream, Stream):
-                stream.close()
+        while self._opened:
+            self._adopt(*self._opened.pop())
+
+    def close(self):
+        """Close all connections, and let the threads end."""
+        for _ in range(self._threads):
+            self._wanted.put(None)
+        self.drop_all()
         self._selector.close()
         self._bell.close()
         self._ring.close()
 
-    # Waiting
-
-    def _seconds_to_wait(self, until):
-        """Return whole milliseconds, rounded down: epoll rounds up, and would wake late."""
-        wake_at = min(until, self._next_sweep, self._next_beat)
-        milliseconds = int((wake_at - time.monotonic()) * 1000)
-        return max(0, (milliseconds - 0.5) / 1000)
-
-    def _note_lag(self, now):
-        """Note how late each beat is seen that has passed.  One within a millisecond is due."""
-        while self._next_beat <= now + 0.001:
-            self.lags.append(max(0, now - self._next_beat))
-            self._next_beat += BEAT_SECONDS
-
     # Connections
-
-    def _key(self, exchange):
-        return exchange.route[1:], exchange.settings.cacert
 
     def _connect(self, exchange):
         import threading
 
         self._wanted.put(exchange)
-        if self._threads < min(CONNECTOR_THREADS, len(self.in_flight)):
+        if self._threads < CONNECTOR_THREADS:
             try:
-                threading.Thread(target=self._connect_wanted, daemon=True).start()
+                threading.Thread(target=self._open_wanted, daemon=True).start()
                 self._threads += 1
             except RuntimeError:  # can't start new thread
                 if not self._threads:
-                    self._open(self._wanted.get())
+                    self._wanted.put(None)
+                    self._open_wanted()
 
-    def _connect_wanted(self):
+    def _open_wanted(self):
         while True:
             exchange = self._wanted.get()
             if exchange is None:
                 return
-            self._open(exchange)
+            started = time.monotonic()
+            try:
+                result = open_stream(exchange.route, exchange.settings, Waiter(), ConnectLog())
+            except XeroctlError as error:
+                result = error
+            self._opened.append((exchange, result, time.monotonic() - started))
+            with contextlib.suppress(OSError):  # the loop was closed
+                self._ring.send(b"!")
 
-    def _open(self, exchange):
-        started = time.monotonic()
-        try:
-            result = open_stream(exchange.route, exchange.settings, Waiter(), ConnectLog())
-        except Exception as error:  # raised again in the loop's thread if it is not ours
-            result = error
-        self._connected.append((exchange, result, time.monotonic() - started))
-        with contextlib.suppress(OSError):  # the loop was closed
-            self._ring.send(b"!")
-
-    def _adopt_connections(self):
-        while self._connected:
-            exchange, result, seconds = self._connected.pop(0)
-            if isinstance(result, Stream):
-                self._adopt(exchange, result, seconds)
-            elif not isinstance(result, XeroctlError):
-                raise result
-            elif exchange in self.in_flight:
-                exchange.error = result
+    def _adopt(self, exchange, result, seconds):
+        is_wanted = exchange in self._in_flight
+        if isinstance(result, XeroctlError):
+            exchange.error = result
+            if is_wanted:
                 self._end(exchange)
-
-    def _adopt(self, exchange, stream, seconds):
-        lane = Lane(stream, self._key(exchange))
+            return
+        if not is_wanted:
+            result.close()
+            return
+        lane = Lane(result)
         self._lanes.add(lane)
-        self._selector.register(stream, 1, lane)
-        if exchange in self.in_flight:
-            exchange.connect_seconds = seconds
-            self._send(lane, exchange)
-        else:
-            self._close(lane)
+        self._selector.register(result, READABLE, lane)
+        exchange.connect_seconds = seconds
+        self._send(lane, exchange)
 
     def _close(self, lane):
         self._lanes.discard(lane)
-        idle = self._idle.get(lane.key, [])
-        if lane in idle:
-            idle.remove(lane)
+        if lane in self._idle:
+            self._idle.remove(lane)
         self._selector.unregister(lane.stream)
         lane.stream.close()
 
@@ -7599,12 +7091,13 @@ class RequestLoop:
             exchange.due = exchange.sent_at
         self._send_rest(lane)
         if lane.unsent:
-            self._selector.modify(lane.stream, 3, lane)
+            self._selector.modify(lane.stream, READABLE | WRITABLE, lane)
 
     def _send_rest(self, lane):
         try:
             sent = lane.stream.send_now(lane.unsent)
             lane.unsent = lane.unsent[sent:]
+            lane.heard_at = time.monotonic()  # a slow upload is no silence
         except OSError:  # what the server said before it closed, if anything, is read next
             lane.unsent = b""
 
@@ -7617,13 +7110,13 @@ class RequestLoop:
         for key, events in ready:
             lane = key.data
             if lane is None:
-                self._silence_bell(key.fileobj)
+                self._silence(key.fileobj)
                 continue
-            if lane.unsent and events & 2:
+            if lane.unsent and events & WRITABLE:
                 self._send_rest(lane)
                 if not lane.unsent:
-                    self._selector.modify(lane.stream, 1, lane)
-            if events & 1:
+                    self._selector.modify(lane.stream, READABLE, lane)
+            if events & READABLE:
                 try:
                     data = lane.stream.receive_now()
                 except OSError as error:
@@ -7632,7 +7125,7 @@ class RequestLoop:
                     received.append((lane, data, time.monotonic()))
         return received
 
-    def _silence_bell(self, source):
+    def _silence(self, source):
         with contextlib.suppress(BlockingIOError):
             if source is self._bell:
                 self._bell.recv(READ_BYTES)
@@ -7643,40 +7136,28 @@ class RequestLoop:
 
     def _parse(self, lane, data, at):
         lane.heard_at = at
-        if lane.decoder is None:  # an idle connection ends, or says what nobody asked
+        exchange = lane.exchange
+        decoder = lane.decoder
+        if decoder is None:  # an idle connection ends, or says what nobody asked
             self._close(lane)
             return
-        exchange = lane.exchange
         try:
-            body = self._decode(lane.decoder, data)
-            if exchange and self._feed(exchange, lane.decoder, body, at):
-                lane.exchange = None
-                self._end(exchange)
-            if lane.decoder.complete:
-                self._release(lane, data)
+            if isinstance(data, OSError):
+                raise data
+            body = decoder.feed(data)
+            if not data:
+                decoder.finish()
         except (OSError, WireError, XeroctlError) as error:
             self._lose(lane, error, at)
-
-    def _decode(self, decoder, data):
-        if isinstance(data, OSError):
-            raise data
-        if data:
-            return decoder.feed(data)
-        decoder.finish()
-        return b""
-
-    def _feed(self, exchange, decoder, body, at):
-        """Hand *body* on; return True once the exchange has ended, also before its body has."""
-        if decoder.head is None:
-            return False
-        if exchange.head is None:
-            exchange.start_reading(decoder.head)
-        if body and exchange.feed(body, at) and not decoder.complete:
-            exchange.finish(at)
-            return True
+            return
+        if exchange and decoder.head is not None:
+            # A streamed answer can end before its body does.
+            if exchange.feed(decoder.head, body, at) or decoder.complete:
+                exchange.finish(at)
+                lane.exchange = None
+                self._end(exchange)
         if decoder.complete:
-            exchange.finish(at)
-        return decoder.complete
+            self._release(lane, data)
 
     def _release(self, lane, data):
         """Keep the connection of a response that has ended, if another can follow."""
@@ -7686,45 +7167,41 @@ class RequestLoop:
             return
         lane.decoder = None
         lane.is_reused = True
-        self._idle.setdefault(lane.key, []).append(lane)
+        self._idle.append(lane)
 
     def _lose(self, lane, error, at):
-        exchange, decoder = lane.exchange, lane.decoder
+        """Close the connection on which *error* happened, and end its exchange."""
+        exchange = lane.exchange
+        head = lane.decoder.head
         self._close(lane)
         if exchange is None:
             return
-        closed = isinstance(error, (OSError, IncompleteError))
-        if lane.is_reused and closed and decoder.head is None:
+        speaker = exchange.route.speaker
+        if head is not None:
+            if not isinstance(error, XeroctlError):
+                broken = isinstance(error, ConnectionError) and not exchange.arrivals
+                error = CutShortError(
+                    f"the reply was cut short: {speaker} closed the connection", retryable=broken)
+        elif not isinstance(error, (OSError, IncompleteError)):
+            error = ServerError(f"{speaker} does not speak HTTP: {error}")
+        elif lane.is_reused:
             # The server closed the idle connection while our request was on its way.
             if exchange.due == exchange.sent_at:
                 exchange.due = None
             self._connect(exchange)
             return
-        exchange.fail(self._failure(exchange, decoder, error), at)
+        else:
+            error = lost_error(error, speaker, exchange.settings.timeout)
+        exchange.fail(error, at)
         self._end(exchange)
-
-    def _failure(self, exchange, decoder, error):
-        """Return the XeroctlError for what broke the connection, or was not HTTP on it."""
-        speaker = exchange.route.speaker
-        if isinstance(error, XeroctlError):  # a broken content coding
-            return error
-        if decoder.head is not None:
-            broken = isinstance(error, ConnectionError)
-            return CutShortError(f"the reply was cut short: {speaker} closed the connection",
-                                 retryable=broken and not exchange.arrivals)
-        if isinstance(error, (OSError, IncompleteError)):
-            return lost_error(error, speaker, exchange.settings.timeout)
-        return ServerError(f"{speaker} does not speak HTTP: {error}")
 
     def _end_silent_ones(self, now):
         for lane in list(self._lanes):
             exchange = lane.exchange
-            if lane.decoder is None:
-                continue
             limit = AFTER_FINISH_SECONDS
             if exchange and not exchange.reply.finish_reason:
                 limit = exchange.settings.timeout
-            if now - lane.heard_at < limit:
+            if lane.decoder is None or now - lane.heard_at < limit:
                 continue
             self._close(lane)
             if exchange:
@@ -7733,7 +7210,7 @@ class RequestLoop:
                 self._end(exchange)
 
     def _end(self, exchange):
-        self.in_flight.discard(exchange)
+        self._in_flight.discard(exchange)
         self._finished.append(exchange)
 
 class Progress:
@@ -7748,12 +7225,11 @@ class Progress:
     def show(self, describe):
         """Draw what *describe* returns, if it is time."""
         now = time.monotonic()
-        if self._visible and now >= self._next:
+        if self._visible and now >= self._next and self._output.in_foreground():
             self._next = now + PROGRESS_SECONDS
-            if self._output.in_foreground():
-                self._drawn = True
-                line = truncate(describe(), self._output.width() - 1)
-                self._output.draw(f"\r{line}\x1b[K")
+            self._drawn = True
+            line = truncate(describe(), self._output.width() - 1)
+            self._output.draw(f"\r{line}\x1b[K")
 
     def clear(self):
         """Erase the line, before something else is written."""
@@ -7767,30 +7243,25 @@ HELD_RESULTS = 16  # that --ordered may keep back, for each connection
 RATE_LIMIT_TRIES = 5  # for each of --retries, where the server says when to come back
 LINE_ENDS = r"[\\\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]"  # and the backslash that escapes them
 
+def result_key(custom_id, request_id):
+    """Return what tells the request with these two names from all others in a file of results."""
+    return json.dumps([custom_id, request_id])
+
 class BatchRequest:
     """One line of the input: its names in the results, what is sent, and the tries so far."""
 
-    def __init__(self, number, custom_id, request, error=None, line=b""):
+    def __init__(self, number, custom_id, content, request=None, error=None):
         from hashlib import sha256
 
-        self.custom_id = str(number) if custom_id is None else custom_id
         self.number = number
+        self.custom_id = str(number) if custom_id is None else custom_id
+        self.id = "req_" + sha256(b"%d\n%b" % (number, content)).hexdigest()[:24]
+        self.key = result_key(self.custom_id, self.id)
         self.request = request
         self.error = error  # why the line cannot be sent, or None
-        content = line if error else request.body
-        self.id = "req_" + sha256(b"%d\n%b" % (number, content)).hexdigest()[:24]
         self.place = None  # in the order of the results
         self.failures = 0
         self.answers_before = 0  # answers to others at the last time that a rate limit was met
-
-    @property
-    def key(self):
-        """What tells it from all others in a file of results."""
-        return result_key(self.custom_id, self.id)
-
-def result_key(custom_id, name):
-    """Return what tells the request with these two names from all others."""
-    return json.dumps([custom_id, name])
 
 def _find_custom_id(document):
     for name in ("custom_id", "id"):
@@ -7801,40 +7272,43 @@ def _find_custom_id(document):
             raise ValueError(f"its {name} is neither text nor a number")
     return None
 
+def _take_body(document):
+    """Return the fields of the body of a line in OpenAI's form; raise ValueError."""
+    body = document["body"]
+    if not isinstance(body, dict):
+        raise ValueError("its body is no object")
+    if document.get("method", "POST") != "POST":
+        raise ValueError("its method is not POST")
+    if not str(document.get("url", CHAT_PATH)).endswith(CHAT_PATH):
+        raise ValueError(f"its url does not end in {CHAT_PATH}")
+    fields = dict(body)
+    for name in ("stream", "stream_options"):  # no request of a batch is streamed
+        fields.pop(name, None)
+    return fields
+
 def _find_messages(document):
-    """Return the (messages, other body fields) of a line's object; raise ValueError."""
+    """Return the (messages, other fields of the body) of a line's object; raise ValueError."""
     fields = {}
+    messages = document.get("messages")
+    content = document.get("message", document.get("prompt"))
     if "body" in document:
-        if not isinstance(document["body"], dict):
-            raise ValueError("its body is no object")
-        if document.get("method", "POST") != "POST":
-            raise ValueError("its method is not POST")
-        if not str(document.get("url", CHAT_PATH)).endswith(CHAT_PATH):
-            raise ValueError(f"its url does not end in {CHAT_PATH}")
-        fields = dict(document["body"])
-        for name in ("stream", "stream_options"):
-            fields.pop(name, None)
+        fields = _take_body(document)
         messages = fields.pop("messages", None)
-    elif "messages" in document:
-        messages = document["messages"]
-    else:
-        messages = [{"role": "user", "content": document.get("message", document.get("prompt"))}]
+    elif messages is None:
+        if not isinstance(content, (str, list)) or not content:
+            raise ValueError("it has no message, prompt, messages or body, or an empty one")
+        messages = [{"role": "user", "content": content}]
     if not isinstance(messages, list) or not messages:
-        raise ValueError("it has no messages")
+        raise ValueError("its messages are missing, empty, or no list")
     for message in messages:
         if not isinstance(message, dict):
             raise ValueError("one of its messages is no object")
-    if fields or "messages" in document:
-        return messages, fields
-    content = messages[0].get("content")
-    if not isinstance(content, (str, list)) or not content:
-        raise ValueError("it has no message, prompt, messages or body, or an empty one")
     return messages, fields
 
 def _build_line_request(document, sampling, settings, system):
     messages, fields = _find_messages(document)
     roles = [message.get("role") for message in messages]
-    if system is not None and "system" not in roles and "developer" not in roles:
+    if system is not None and not set(SYSTEM_ROLES).intersection(roles):
         messages = [{"role": "system", "content": system}] + messages
     model = fields.pop("model", None) or sampling.model
     merged = dict(sampling.fields)
@@ -7856,66 +7330,84 @@ def parse_batch_line(number, line, sampling, settings, system=None):
             custom_id = _find_custom_id(document)
         request = _build_line_request(document, sampling, settings, system)
     except ValueError as error:
-        reason = f"line {number} cannot be sent: {error}"
-        return BatchRequest(number, custom_id, None, UnusableInputError(reason), line)
-    return BatchRequest(number, custom_id, request)
+        failure = UnusableInputError(f"line {number} cannot be sent: {error}")
+        return BatchRequest(number, custom_id, line, error=failure)
+    return BatchRequest(number, custom_id, request.body, request)
+
+def _body_document(exchange):
+    """Return the document that answered, or None; text for an error that is no JSON."""
+    if not exchange.error_body:
+        return exchange.document
+    text = exchange.error_body.decode("utf-8", "replace")
+    try:
+        return parse_json(text)
+    except ValueError:
+        return text
 
 def build_result(request, error, exchange=None):
     """Return the JSON document that tells what came of the BatchRequest *request*.
 
     The *exchange* is None where it was not sent.
     """
-    response = None
+    response = described = None
     if exchange is not None and exchange.head is not None:
-        body = exchange.document
-        if body is None and exchange.error_body:
-            body = exchange.error_body.decode("utf-8", "replace")
-            with contextlib.suppress(ValueError):
-                body = parse_json(body)
-        response = {"status_code": exchange.head.status,
-                    "request_id": exchange.head.headers.get("x-request-id"), "body": body}
-    described = None
+        response = {
+            "status_code": exchange.head.status,
+            "request_id": exchange.head.headers.get("x-request-id"),
+            "body": _body_document(exchange),
+        }
     if error is not None:
-        described = {"kind": error.kind, "message": str(error), "code": error.code,
-                     "status": error.status, "request_id": error.request_id}
+        described = {
+            "kind": error.kind,
+            "message": str(error),
+            "code": error.code,
+            "status": error.status,
+            "request_id": error.request_id,
+        }
     return {"id": request.id, "custom_id": request.custom_id, "response": response,
             "error": described}
+
+def _escape_in_json(match):
+    return json.dumps(match.group())[1:-1]
 
 def escape_line_ends(text):
     """Return *text* as one line: its line ends and backslashes escaped as in JSON."""
     return re.sub(LINE_ENDS, _escape_in_json, text)
 
-def _escape_in_json(match):
-    return json.dumps(match.group())[1:-1]
-
 class LineReader:
-    """Reads the lines of a descriptor as they are needed, without a wait."""
+    """Reads the lines of a descriptor as they are needed, without a wait.
 
-    def __init__(self, descriptor):
+    *length* is the number of bytes to come, or None.
+    """
+
+    def __init__(self, descriptor, length=None):
         self.descriptor = descriptor
-        self.ended = False
-        self.read_bytes = 0
+        self.length = length
+        self.received = 0  # bytes
         self.blank_lines = 0
+        self._ended = False
         self._number = 0
         self._pieces = []  # of a line whose end has not come
         self._lines = []  # the next one last
 
     def next_line(self):
-        """Return the next (number, line), or None if it is not there yet, or at the end."""
-        while True:
-            while self._lines:
+        """Return the next (number, line), or None if it has not come yet, or at the end."""
+        while not self.is_exhausted():
+            if self._lines:
                 line = self._lines.pop()
                 self._number += 1
                 if line.strip():
                     return self._number, line
                 self.blank_lines += 1
-            if self.ended or not self._is_ready():
-                return None
-            self._read()
+            elif self._is_ready():
+                self._read()
+            else:
+                break
+        return None
 
     def is_exhausted(self):
         """Tell whether next_line() has no more to give."""
-        return self.ended and not self._lines
+        return self._ended and not self._lines
 
     def _is_ready(self):
         return os.name != "posix" or bool(poll_once([self.descriptor], [], 0)[0])
@@ -7927,14 +7419,15 @@ class LineReader:
             return
         except OSError as error:
             raise UsageError(f"cannot read the requests: {os_reason(error)}") from error
-        self.read_bytes += len(data)
-        self.ended = not data
+        self.received += len(data)
+        self._ended = not data
         self._pieces.append(data)
-        if b"\n" in data or self.ended:
+        if b"\n" in data or self._ended:
             lines = b"".join(self._pieces).split(b"\n")
-            self._pieces = [lines.pop()]
-            if self.ended and self._pieces[0]:
-                lines += self._pieces
+            if not self._ended:
+                self._pieces = [lines.pop()]
+            elif not lines[-1]:
+                lines.pop()
             self._lines = lines[::-1]
 
 class Throttle:
@@ -7965,23 +7458,24 @@ class Throttle:
             self.limit = max(1.0, self.limit / 2)
 
 class ResultWriter:
-    """Writes lines of results to a descriptor, whole ones in any event, in order if asked to.
+    """Writes lines of results to a descriptor, in order if asked to.
 
-    It keeps what an interrupt left unwritten.
+    It keeps what an interrupt left unwritten, so that lines are written whole.  The descriptor is
+    None for a terminal at stdout.
     """
 
-    def __init__(self, descriptor, console, progress, ordered):
-        self.held = {}  # place -> line, until those before it are there
-        self._descriptor = descriptor  # None: the terminal at stdout
+    def __init__(self, descriptor, is_ordered, console, progress):
+        self.held = {}  # place -> line, until those before it have come
+        self._descriptor = descriptor
+        self._is_ordered = is_ordered
         self._console = console
         self._progress = progress
-        self._ordered = ordered
         self._next_place = 0
         self._unwritten = b""
 
     def add(self, place, line):
         """Take a line, the *place*th in the order of the requests."""
-        if not self._ordered:
+        if not self._is_ordered:
             self._unwritten += line
             return
         self.held[place] = line
@@ -7995,10 +7489,11 @@ class ResultWriter:
             self._unwritten += self.held.pop(place, filler)
 
     def flush(self):
-        """Write what there is; raise as Console.write(), and as Waiter.wait()."""
+        """Write what there is; raise as Console.write() and Waiter.wait()."""
         if self._unwritten and self._descriptor is None:
             self._progress.clear()
-            text, self._unwritten = self._unwritten.decode("utf-8"), b""
+            text = self._unwritten.decode("utf-8")
+            self._unwritten = b""
             self._console.write(text)
         while self._unwritten:
             if os.name == "posix":
@@ -8020,6 +7515,7 @@ def read_answered(path):
     """
     answered = set()
     good_bytes = 0
+    line = b"\n"
     with open(path, "rb") as file:
         for line in file:
             try:
@@ -8027,41 +7523,54 @@ def read_answered(path):
                 key = result_key(result["custom_id"], result["id"])
                 if result["response"] and not result["error"]:
                     answered.add(key)
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError) as error:
                 if line.endswith(b"\n"):
                     raise UsageError(f"{utf8_argument(path)} holds other things than results of "
-                                     "batch: give --results another file") from None
+                                     "batch: give --results another file") from error
+                line = b"\n"  # the one before it has its end
                 break
             good_bytes += len(line)
-            if not line.endswith(b"\n"):
-                with open(path, "ab") as end:
-                    end.write(b"\n")
-                return answered
     os.truncate(path, good_bytes)
+    if not line.endswith(b"\n"):
+        with open(path, "ab") as file:
+            file.write(b"\n")
     return answered
 
-class Batch:
-    """A run of the command batch: requests from a LineReader, results to a ResultWriter."""
+def is_text_wanted(options):
+    """Tell whether -o asks for the answers alone, in place of JSON lines."""
+    return options.output in ("text", "table")
 
-    def __init__(self, build, settings, console, reader, writer, progress, limits):
-        self._build = build  # (number, line) -> BatchRequest
+def _time_of_retry(waiting):
+    return waiting[0]
+
+class Batch:
+    """A run of batch: requests from a LineReader, results to a ResultWriter.
+
+    *build* makes a BatchRequest of a number and a line.
+    """
+
+    def __init__(self, options, settings, console, build, reader, writer, progress):
+        self.first_failure = None  # (number of the line, exit status)
+        self.answered_before = set()  # keys
+        self._concurrency = options.concurrency
+        self._max_failures = options.max_failures
+        self._prints_text = is_text_wanted(options)
         self._settings = settings
         self._console = console
+        self._build = build
         self._reader = reader
         self._writer = writer
         self._progress = progress
-        self._limits = limits  # BatchLimits
-        self._throttle = Throttle(limits.concurrency)
+        self._route = find_route(endpoint_url(settings.base_url, settings.endpoint, CHAT_PATH))
+        self._throttle = Throttle(options.concurrency)
         self._loop = None
         self._watches_input = False
         self._asked = {}  # Exchange -> BatchRequest
         self._again = []  # (monotonic time, BatchRequest) of those that are tried again
-        self._places = 0
         self._stops_at = None  # monotonic time at which requests in flight are dropped
         self._started = time.monotonic()
-        self.answered_keys = set()  # asked before
-        self.skipped = self.answered = self.failed = self.tokens_in = self.tokens_out = 0
-        self.first_failure = None  # (number of the line, exit status)
+        self._places = self._skipped = self._answered = self._failed = 0
+        self._tokens_in = self._tokens_out = 0
 
     def run(self):
         """Ask everything; raise the KeyboardInterrupt or Terminated that ended it early."""
@@ -8072,21 +7581,29 @@ class Batch:
                 try:
                     self._take_turn()
                 except (KeyboardInterrupt, Terminated) as interrupt:
-                    self.stop_asking()
+                    self._stop_asking()
                     if ending:
                         self._stops_at = 0
-                    elif self._asked:
-                        self._say_waiting()
                     ending = ending or interrupt
-        self._finish()
+        filler = b"\n" if self._prints_text else b""
+        self._writer.release(filler)
+        with contextlib.suppress(KeyboardInterrupt, Terminated):
+            self._writer.flush()
         if ending:
             raise ending
 
-    def stop_asking(self):
-        """Send no more requests; those in flight have some seconds."""
-        self._again = []
-        if self._stops_at is None:
-            self._stops_at = time.monotonic() + GRACE_SECONDS
+    def summary(self):
+        """Return one line: how many are done, failed and skipped, how fast, and the tokens."""
+        seconds = max(time.monotonic() - self._started, 0.001)
+        done = self._answered + self._failed
+        parts = [f"{done} done", f"{self._failed} failed"]
+        if self._skipped:
+            parts.append(f"{self._skipped} answered before")
+        if self._reader.blank_lines:
+            parts.append(plural(self._reader.blank_lines, "blank line"))
+        parts.append(f"{done / seconds:.1f}/s")
+        parts.append(f"{self._tokens_in} tokens in, {self._tokens_out} out")
+        return ", ".join(parts)
 
     def _is_done(self):
         if self._stops_at is not None:
@@ -8095,45 +7612,70 @@ class Batch:
 
     def _take_turn(self):
         self._writer.flush()
+        now = time.monotonic()
         if self._stops_at is None:
-            self._launch()
-        for exchange in self._loop.turn(self._wake_time()):
+            self._launch(now)
+        for exchange in self._loop.turn(self._wake_time(now)):
             self._take(exchange)
         self._progress.show(self._describe)
 
-    def _finish(self):
-        self._writer.release(self._limits.filler)
-        with contextlib.suppress(KeyboardInterrupt, Terminated):
-            self._writer.flush()
-        self._progress.clear()
+    def _stop_asking(self):
+        """Send no more requests; those in flight have some seconds."""
+        self._again = []
+        if self._stops_at is not None:
+            return
+        self._stops_at = time.monotonic() + GRACE_SECONDS
+        if self._asked:
+            self._progress.clear()
+            count = plural(len(self._asked), "request")
+            self._console.print_line(f"waiting up to {GRACE_SECONDS} s for {count} in flight; "
+                                     "another Ctrl+C drops them")
+
+    def _wake_time(self, now):
+        if self._stops_at is not None:
+            return self._stops_at
+        wake_at = now + PROGRESS_SECONDS
+        if self._again:
+            wake_at = min(wake_at, max(self._again[0][0], self._throttle.closed_until))
+        elif self._throttle.closed_until > now:
+            wake_at = min(wake_at, self._throttle.closed_until)
+        return wake_at
+
+    def _describe(self):
+        line = f"{self.summary()}, {len(self._asked)} in flight"
+        if self._reader.length and self._reader.received:
+            seconds = time.monotonic() - self._started
+            left = seconds * (self._reader.length / self._reader.received - 1)
+            line += f", about {max(0, left):.0f} s left"
+        return line
 
     # What is asked
 
-    def _launch(self):
-        now = time.monotonic()
+    def _launch(self, now):
         while self._throttle.has_room(len(self._asked), now):
             request = self._next_request(now)
             if request is None:
                 return
-            exchange = Exchange(request.request, self._limits.route, self._settings)
+            exchange = Exchange(request.request, self._route, self._settings)
             self._asked[exchange] = request
             self._loop.start(exchange)
 
     def _next_request(self, now):
+        """Return the BatchRequest to send next, or None if there is none at the time *now*."""
         if self._again and self._again[0][0] <= now:
             return self._again.pop(0)[1]
         self._watch_input(False)
-        held = len(self._writer.held) + len(self._asked) + len(self._again)
-        while len(self._asked) + len(self._again) < self._limits.concurrency:
-            if held >= HELD_RESULTS * self._limits.concurrency or self._stops_at is not None:
+        outstanding = len(self._asked) + len(self._again)
+        while outstanding < self._concurrency and self._stops_at is None:
+            if outstanding + len(self._writer.held) >= HELD_RESULTS * self._concurrency:
                 return None
             numbered = self._reader.next_line()
             if numbered is None:
-                self._watch_input(not self._reader.ended)
+                self._watch_input(not self._reader.is_exhausted())
                 return None
             request = self._build(*numbered)
-            if request.key in self.answered_keys:
-                self.skipped += 1
+            if request.key in self.answered_before:
+                self._skipped += 1
                 continue
             request.place = self._places
             self._places += 1
@@ -8145,166 +7687,100 @@ class Batch:
     def _watch_input(self, on):
         if on == self._watches_input:
             return
-        try:
+        with contextlib.suppress(OSError, ValueError):  # a file, or not POSIX: it is always ready
             if on:
                 self._loop.watch(self._reader.descriptor)
             else:
                 self._loop.unwatch(self._reader.descriptor)
             self._watches_input = on
-        except (OSError, ValueError):  # a file, or not POSIX: it is always ready
-            pass
-
-    def _wake_time(self):
-        now = time.monotonic()
-        if self._stops_at is not None:
-            return self._stops_at
-        times = [now + PROGRESS_SECONDS]
-        if self._again:
-            times.append(max(self._again[0][0], self._throttle.closed_until))
-        elif self._throttle.closed_until > now:
-            times.append(self._throttle.closed_until)
-        return min(times)
 
     # What comes back
 
     def _take(self, exchange):
         request = self._asked.pop(exchange)
-        error = exchange.error
-        try:
-            if error is None:
-                exchange.reply.check_answer()
-        except XeroctlError as no_answer:
-            error = no_answer
+        error = exchange.find_error()
         if error is None:
             self._throttle.note_answer()
             self._put_answer(request, exchange)
             return
         seconds = self._delay_before_retry(request, error)
-        now = time.monotonic()
-        if isinstance(error, RateLimitError) and seconds is not None:
-            self._throttle.note_refusal(exchange.sent_at, seconds, now)
         if seconds is None:
             self._put_failure(request, error, exchange)
-        else:
-            self._again.append((now + seconds, request))
-            self._again.sort(key=_retry_time)
+            return
+        now = time.monotonic()
+        if isinstance(error, RateLimitError):
+            self._throttle.note_refusal(exchange.sent_at, seconds, now)
+        self._again.append((now + seconds, request))
+        self._again.sort(key=_time_of_retry)
 
     def _delay_before_retry(self, request, error):
         """Return the seconds until *request* is tried again, or None where it has failed."""
         from random import random
 
-        after = error.retry_after
         if not is_retryable_now(error) or self._stops_at is not None:
             return None
         tries = self._settings.retries
         if isinstance(error, RateLimitError):
-            if self.answered > request.answers_before:  # the limit lets some through
+            if self._answered > request.answers_before:  # the limit lets some through
                 request.failures = 0
-            request.answers_before = self.answered
-            if after is not None:
+            request.answers_before = self._answered
+            if error.retry_after is not None:
                 tries *= RATE_LIMIT_TRIES
         request.failures += 1
         if request.failures > tries:
             return None
-        return retry_delay(request.failures, after, random())
+        return retry_delay(request.failures, error.retry_after, random())
 
     def _put_answer(self, request, exchange):
-        self.answered += 1
+        self._answered += 1
         usage = exchange.reply.usage
-        if usage:
-            self.tokens_in += usage.prompt or 0
-            self.tokens_out += usage.completion or 0
+        self._tokens_in += usage.prompt or 0
+        self._tokens_out += usage.completion or 0
         self._put(request, None, exchange)
 
     def _put_failure(self, request, error, exchange=None):
-        self.failed += 1
+        self._failed += 1
         failure = request.number, error.exit_status
         if self.first_failure is None or failure < self.first_failure:
             self.first_failure = failure
         self._put(request, error, exchange)
-        if self.failed == self._limits.max_failures:
-            self.stop_asking()
+        if self._failed == self._max_failures:
+            self._stop_asking()
 
     def _put(self, request, error, exchange):
-        if self._limits.as_text:
-            line = "" if error else escape_line_ends(exchange.reply.text)
-        else:
+        if not self._prints_text:
             line = json_text(build_result(request, error, exchange))
+        elif error is None:
+            line = escape_line_ends(exchange.reply.text)
+        else:
+            line = ""
         self._writer.add(request.place, (line + "\n").encode("utf-8", "replace"))
-
-    # What is told
-
-    def _say_waiting(self):
-        self._progress.clear()
-        count = plural(len(self._asked), "request")
-        self._console.print_line(f"waiting up to {GRACE_SECONDS} s for {count} in flight; "
-                                 "another Ctrl+C drops them")
-
-    def _describe(self):
-        line = f"{self.summary()}, {len(self._asked)} in flight"
-        if self._limits.input_bytes and self._reader.read_bytes:
-            share = min(1, self._reader.read_bytes / self._limits.input_bytes)
-            seconds = time.monotonic() - self._started
-            line += f", about {seconds / share - seconds:.0f} s left"
-        return line
-
-    def summary(self):
-        """Return one line: how many are done, failed and skipped, how fast, and the tokens."""
-        seconds = time.monotonic() - self._started
-        done = self.answered + self.failed
-        parts = [f"{done} done", f"{self.failed} failed"]
-        if self.skipped:
-            parts.append(f"{self.skipped} answered before")
-        if self._reader.blank_lines:
-            parts.append(plural(self._reader.blank_lines, "blank line"))
-        parts.append(f"{done / max(seconds, 0.001):.1f}/s")
-        parts.append(f"{self.tokens_in} tokens in, {self.tokens_out} out")
-        return ", ".join(parts)
-
-def _retry_time(waiting):
-    return waiting[0]
-
-BatchLimits = namedtuple("BatchLimits", [
-    "route",         # to the endpoint
-    "concurrency",
-    "max_failures",  # or None
-    "input_bytes",   # length of the input, or None where it is not known
-    "as_text",       # True: answers alone, in place of JSON
-    "filler",        # line that stands for a result that is missing
-])
 
 @contextlib.contextmanager
 def open_requests(path):
-    """Yield the (descriptor, length or None) of the input *path*; '-' or None is stdin."""
+    """Yield a LineReader of the file *path*; '-' or None is standard input."""
     import stat
 
-    if path in (None, "-"):
-        descriptor = 0
-    else:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except OSError as error:
-            raise UsageError(f"cannot read {utf8_argument(path)}: {os_reason(error)}") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        file = sys.stdin
+        if path not in (None, "-"):
+            try:
+                file = stack.enter_context(open(path, "rb", buffering=0))
+            except OSError as error:
+                raise UsageError(
+                    f"cannot read {utf8_argument(path)}: {os_reason(error)}") from error
+        if file is None:
+            raise UsageError("standard input is closed: give a FILE of requests")
+        descriptor = file.fileno()
         length = None
-        with contextlib.suppress(OSError):  # closed: reading it will tell
-            status = os.fstat(descriptor)
-            if stat.S_ISREG(status.st_mode):
-                length = status.st_size - os.lseek(descriptor, 0, os.SEEK_CUR)
-        yield descriptor, length
-    finally:
-        if descriptor:
-            os.close(descriptor)
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode):
+            length = status.st_size - os.lseek(descriptor, 0, os.SEEK_CUR)
+        yield LineReader(descriptor, length)
 
 @contextlib.contextmanager
-def open_results(path, console):
-    """Yield the (descriptor, answered keys) of the file *path*, made if missing; None is stdout.
-
-    The descriptor is None where stdout is a terminal.
-    """
-    if path is None:
-        yield None if console.out.is_terminal else 1, set()
-        return
+def open_results(path):
+    """Yield a descriptor that appends to the file *path*, which is made if missing and locked."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     except OSError as error:
@@ -8313,14 +7789,24 @@ def open_results(path, console):
         with locked(path) as is_ours:
             if not is_ours:
                 raise UsageError(f"another process writes to {utf8_argument(path)}")
-            yield descriptor, read_answered(path)
+            yield descriptor
     finally:
         os.close(descriptor)
 
+def _show_requests(reader, build, settings, console):
+    while not reader.is_exhausted():
+        numbered = reader.next_line()
+        if numbered:
+            request = build(*numbered)
+            if request.error:
+                raise request.error
+            send_dry_run(request.request, settings, console)
+        else:
+            console.waiter.wait([reader.descriptor], seconds=PROGRESS_SECONDS)
+
 def run_batch(options, console):
     """Ask a question for each line of the input; return the exit status of the first failure."""
-    as_text = options.output in ("text", "table")
-    if as_text and options.results:
+    if is_text_wanted(options) and options.results:
         raise UsageError("-o text goes to standard output: give --results or -o text, not both")
     load_schema(options)
     allow_connections(options.concurrency)
@@ -8328,37 +7814,31 @@ def run_batch(options, console):
         settings = stack.enter_context(open_settings(options, console))
         build = functools.partial(parse_batch_line, sampling=build_sampling(options),
                                   settings=settings, system=system_prompt(options))
-        descriptor, length = stack.enter_context(open_requests(options.file))
-        reader = LineReader(descriptor)
+        reader = stack.enter_context(open_requests(options.file))
         if settings.dry_run:
-            return _show_requests(reader, build, settings, console)
-        output, answered = stack.enter_context(open_results(options.results, console))
-        filler = b"\n" if as_text else b""
-        route = find_route(endpoint_url(settings.base_url, settings.endpoint, CHAT_PATH))
-        limits = BatchLimits(route, options.concurrency, options.max_failures, length, as_text,
-                             filler)
+            _show_requests(reader, build, settings, console)
+            return EXIT_OK
+        descriptor = None
+        if not console.out.is_terminal and sys.stdout:
+            descriptor = sys.stdout.fileno()
+        answered_before = set()
+        if options.results:
+            descriptor = stack.enter_context(open_results(options.results))
+            answered_before = read_answered(options.results)
         progress = Progress(console)
-        writer = ResultWriter(output, console, progress, as_text or options.ordered)
-        batch = Batch(build, settings, console, reader, writer, progress, limits)
-        batch.answered_keys = answered
+        is_ordered = options.ordered or is_text_wanted(options)
+        writer = ResultWriter(descriptor, is_ordered, console, progress)
+        batch = Batch(options, settings, console, build, reader, writer, progress)
+        batch.answered_before = answered_before
         try:
             batch.run()
         finally:
             progress.clear()
-            if not console.quiet:
+            if console.json:
+                console.note(batch.summary())
+            elif not console.quiet:
                 console.print_line(batch.summary(), dim=True)
     return batch.first_failure and batch.first_failure[1]
-
-def _show_requests(reader, build, settings, console):
-    while not reader.ended:
-        numbered = reader.next_line()
-        if numbered is None:
-            console.waiter.wait([reader.descriptor])
-            continue
-        request = build(*numbered)
-        if request.error:
-            raise request.error
-        send_dry_run(request.request, settings, console)
 # -- Bench ------------------------------------------------------------------------------------
 
 DEFAULT_CONCURRENCY = 4
@@ -8373,16 +7853,27 @@ MAX_UNFINISHED = 1000  # with --rate
 MAX_LAG_MS = 5  # at p99: over it the figures are not to be trusted
 RESAMPLES = 2000
 REPORT_COLUMNS = 80
+FIGURES_COLUMNS = 59  # of the table: all but endpoint and load
 UNFINISHED = "unfinished"  # in place of an error, as NOT_SENT
 NOT_SENT = "not sent"
 BENCH_TIMES = ("ttft", "tpot", "itl", "e2e", "wait", "connect")
 BENCH_STATISTICS = ("mean", "p50", "p90", "p95", "p99", "max", "min")
 LAG_STATISTICS = ("p50", "p99", "max")
+METRICS = ("one of ttft, tpot, itl, e2e, wait, connect, with .mean .p50 .p90 .p95 .p99 .max .min; "
+           "lag.p50 .p99 .max; tok/s; req/s; errors; slo")
 LOAD_OPTIONS = ("concurrency", "rate", "duration", "requests", "warmup", "prompt_tokens",
                 "max_tokens", "cached", "seed", "no_keepalive", "model")  # that --save keeps
 BENCH_WORDS = ("time river stone light quick green table seven paper north cloud music field "
                "early glass white train happy small bread ocean plain round sharp winter garden "
                "number letter doctor simple yellow market").split()
+ERROR_HEADS = ("      TTFT ms          TPOT ms     E2E s    output",
+               "    p50    p95    p50    p95    p95   tok/s  req/s   errors")
+SLO_HEADS = (ERROR_HEADS[0] + "   within",
+             "    p50    p95    p50    p95    p95   tok/s  req/s  targets")
+DETAILS = (("ttft_ms", "TTFT ms"), ("tpot_ms", "TPOT ms"), ("itl_ms", "ITL ms"),
+           ("e2e_ms", "E2E s"), ("wait_ms", "wait ms"), ("connect_ms", "connect ms"))
+BLOCKS = " ▁▂▃▄▅▆▇█"
+ASCII_BLOCKS = " .:-=+*#"
 
 BenchRequest = namedtuple("BenchRequest", [  # one request of a run; times in milliseconds
     "run",            # id of the run
@@ -8414,85 +7905,76 @@ BenchRun = namedtuple("BenchRun", [
     "requests",   # list of BenchRequest
 ])
 
-Condition = namedtuple("Condition", "text metric sign limit is_percent")  # of --fail-if
+Condition = namedtuple("Condition", "text metric sign limit")  # of --fail-if
 
 # What the options say
 
+def _parse_numbers(text, convert, words):
+    try:
+        values = [convert(part) for part in text.split(",")]
+    except ValueError:
+        values = [0]
+    if not 0.001 <= min(values) <= max(values) <= 10000:
+        raise argparse.ArgumentTypeError(f"must be {words}, or several with commas")
+    return values
+
 def parse_loads_whole(text):
     """Return the whole numbers of "N[,N...]" (for argparse's type=)."""
-    return _parse_numbers(text, int, "whole numbers from 1 to 10000, with commas")
+    return _parse_numbers(text, int, "a whole number from 1 to 10000")
 
 def parse_rates(text):
     """Return the numbers of "R[,R...]" (for argparse's type=)."""
-    return _parse_numbers(text, float, "numbers from 0.001 to 10000, with commas")
-
-def _parse_numbers(text, convert, words):
-    values = []
-    for part in text.split(","):
-        with contextlib.suppress(ValueError):
-            values.append(convert(part))
-        if not values or not 0.001 <= values[-1] <= 10000:
-            raise argparse.ArgumentTypeError(f"must be {words}")
-    if len(values) < len(text.split(",")):
-        raise argparse.ArgumentTypeError(f"must be {words}")
-    return values
+    return _parse_numbers(text, float, "a number from 0.001 to 10000")
 
 def parse_condition(text):
     """Return the Condition in *text*, such as "ttft.p95>800" (for argparse's type=)."""
-    match = re.match(r"([a-z0-9./]+) *(<=|>=|<|>) *(\d+(?:\.\d+)?) *(%?)\Z", text.strip())
+    match = re.match(r"([a-z0-9./]+) *([<>]=?) *(\d+(?:\.\d+)?)(%?)\Z", text.strip())
     if not match:
-        raise argparse.ArgumentTypeError("must be like 'ttft.p95>800', 'errors>1%' or 'tok/s<200'")
+        raise argparse.ArgumentTypeError(f"must be METRIC>NUMBER or METRIC<NUMBER: {METRICS}")
     metric, sign, limit, percent = match.groups()
     name, _, statistic = metric.partition(".")
-    is_known = metric in ("tok/s", "req/s", "errors", "slo")
-    if name in BENCH_TIMES:
-        is_known = statistic in BENCH_STATISTICS
-    elif name == "lag":
-        is_known = statistic in LAG_STATISTICS
+    is_known = metric in ("errors", "slo")
+    if not percent:
+        is_known = is_known or metric in ("tok/s", "req/s")
+        is_known = is_known or name in BENCH_TIMES and statistic in BENCH_STATISTICS
+        is_known = is_known or name == "lag" and statistic in LAG_STATISTICS
     if not is_known:
-        raise argparse.ArgumentTypeError(
-            f"has no metric {metric}: there are {', '.join(BENCH_TIMES)}, each with one of "
-            f".{' .'.join(BENCH_STATISTICS)}; lag.{' .'.join(LAG_STATISTICS)}; tok/s; req/s; "
-            "errors; slo")
-    if percent and metric not in ("errors", "slo"):
-        raise argparse.ArgumentTypeError(f"must have no % for {metric}")
-    return Condition(text, metric, sign, float(limit), bool(percent))
+        raise argparse.ArgumentTypeError(f"must not be about {metric}{percent}: {METRICS}")
+    return Condition(text, metric + percent, sign, float(limit))
 
-def count_of(metric, result):
-    """Return the (count, total) of the requests that failed, or that met the targets."""
-    if metric == "slo":
-        slo = result["slo"] or {"met": 0, "of": 0}
-        return slo["met"], slo["of"]
+def count_errors(result):
+    """Return how many requests of a result failed, and how many ended."""
     failed = sum(result["errors"].values())
     return failed, failed + result["ok"]
 
-def metric_value(condition, result, lag_ms):
-    """Return the number that *condition* is about, in ms for times; None where there is none."""
-    metric = condition.metric
-    name, _, statistic = metric.partition(".")
-    if name == "lag":
-        return lag_ms[statistic]
-    if name in BENCH_TIMES:
-        return result[name + "_ms"][statistic]
-    if metric == "tok/s":
-        return result["output_tokens_per_second"]
-    if metric == "req/s":
-        return result["requests_per_second"]
-    count, total = count_of(metric, result)
-    if not total:
-        return None
-    if condition.is_percent:
-        return 100 * count / total
-    return count
+def list_metrics(result, lag_ms):
+    """Return what --fail-if knows of a result, name -> number or None; times are in ms."""
+    metrics = {
+        "tok/s": result["output_tokens_per_second"],
+        "req/s": result["requests_per_second"],
+    }
+    for name in BENCH_TIMES:
+        for statistic in BENCH_STATISTICS:
+            metrics[f"{name}.{statistic}"] = result[name + "_ms"][statistic]
+    for statistic in LAG_STATISTICS:
+        metrics["lag." + statistic] = lag_ms[statistic]
+    counts = {"errors": count_errors(result)}
+    if result["slo"]:
+        counts["slo"] = result["slo"]["met"], result["slo"]["of"]
+    for name, (count, total) in counts.items():
+        metrics[name] = count
+        if total:
+            metrics[name + "%"] = 100 * count / total
+    return metrics
 
-def condition_holds(condition, result, lag_ms):
-    """Tell whether *condition* holds for a result."""
-    value = metric_value(condition, result, lag_ms)
+def condition_holds(condition, metrics):
+    """Tell whether *condition* holds for *metrics*; without a number it does not."""
+    value = metrics.get(condition.metric)
     if value is None:
         return False
     if value == condition.limit:
-        return condition.sign in ("<=", ">=")
-    return (value < condition.limit) == (condition.sign in ("<", "<="))
+        return "=" in condition.sign
+    return (value < condition.limit) == ("<" in condition.sign)
 
 # Arithmetic
 
@@ -8518,15 +8000,12 @@ def overlap(begin, end, other_begin, other_end):
     """Return the length that two spans have in common."""
     return max(0, min(end, other_end) - max(begin, other_begin))
 
-def window_rates(requests, window_ms, chunk_tokens, usual_ms):
-    """Return the (tokens, requests) per second inside the window; (None, None) if it is empty.
+def window_rates(requests, begin, end, chunk_tokens, usual_ms):
+    """Return the (tokens, requests) per second from *begin* to *end*, in ms.
 
     A token counts where its chunk falls, a request by the share of its time.  An unfinished one
     counts as if its chunks held *chunk_tokens*, and as if it took *usual_ms* in all.
     """
-    begin, end = window_ms
-    if end <= begin:
-        return None, None
     tokens = share = 0
     for request in requests:
         if request.error not in (None, UNFINISHED) or request.ttft_ms is None:
@@ -8538,22 +8017,24 @@ def window_rates(requests, window_ms, chunk_tokens, usual_ms):
             if begin <= at <= end:
                 hits += 1
         whole_ms = max(at - request.start_ms, 0.001)
-        if request.error == UNFINISHED:
-            whole_ms = max(whole_ms, usual_ms)
-            tokens += hits * chunk_tokens
+        per_chunk = chunk_tokens
+        if request.error is None:
+            per_chunk = request.output_tokens / chunk_count(request)
         else:
-            tokens += hits * request.output_tokens / chunk_count(request)
+            whole_ms = max(whole_ms, usual_ms)
+        tokens += hits * per_chunk
         share += overlap(request.start_ms, at, begin, end) / whole_ms
     seconds = (end - begin) / 1000
     return tokens / seconds, share / seconds
 
 def run_window(run, requests):
-    """Return the window of *run*; where all were launched in the ramp, the time they took."""
+    """Return the window of *run* in ms; where all were launched in the ramp, the time they took."""
     begin, end = run.window_ms
-    if end > begin or not requests:
-        return begin, end
-    ends = [request.start_ms + (request.e2e_ms or 0) for request in requests]
-    return min(request.start_ms for request in requests), max(ends)
+    if end <= begin:
+        for request in requests:
+            begin = min(begin, request.start_ms)
+            end = max(end, request.start_ms + (request.e2e_ms or 0))
+    return begin, end
 
 def merge_rates(spans):
     """Return (tokens per second, requests per second, seconds, number of groups) of *spans*.
@@ -8561,30 +8042,21 @@ def merge_rates(spans):
     Each is (begin, end, tokens per second, requests per second) of one run, in seconds.  Runs that
     overlap by half are a group, whose rates are summed; groups are averaged.
     """
-    groups = []
-    for span in sorted(spans):
-        begin, end = span[:2]
-        for group in groups:
-            shorter = min(end - begin, group[0][1] - group[0][0])
-            if overlap(begin, end, *group[0][:2]) >= shorter / 2:
-                group.append(span)
+    groups = []  # (begin, end) of the first run of each
+    tokens = requests = seconds = 0
+    for begin, end, token_rate, request_rate in sorted(spans):
+        tokens += token_rate
+        requests += request_rate
+        for other_begin, other_end in groups:
+            shorter = min(end - begin, other_end - other_begin)
+            if overlap(begin, end, other_begin, other_end) >= shorter / 2:
                 break
         else:
-            groups.append([span])
+            groups.append((begin, end))
+            seconds += end - begin
     if not groups:
         return None, None, 0, 0
-    tokens = sum(span[2] for span in spans) / len(groups)
-    requests = sum(span[3] for span in spans) / len(groups)
-    seconds = sum(max(span[1] - span[0] for span in group) for group in groups)
-    return tokens, requests, seconds, len(groups)
-
-def count_errors(requests):
-    """Return how often each error happened."""
-    counts = {}
-    for request in requests:
-        if request.error not in (None, UNFINISHED, NOT_SENT):
-            counts[request.error] = counts.get(request.error, 0) + 1
-    return counts
+    return tokens / len(groups), requests / len(groups), seconds, len(groups)
 
 def meets_targets(request, slo):
     """Tell whether a request ended well, and within the targets *slo*."""
@@ -8595,52 +8067,48 @@ def meets_targets(request, slo):
             return False
     return True
 
-def count_slo(requests, slo):
-    """Return the targets with how many of *requests*, of all that ended, met them, or None."""
-    if not slo:
-        return None
-    ended = [one for one in requests if one.error not in (UNFINISHED, NOT_SENT)]
-    met = [one for one in ended if meets_targets(one, slo)]
-    return dict(slo, met=len(met), of=len(ended))
-
 class BenchSet:
     """The requests of one endpoint at one load, from one run or from several."""
 
     def __init__(self, endpoint, load, runs):
         self.endpoint = endpoint
         self.load = load
-        self.name = f"{endpoint} {load}"
         self.runs = [run for run in runs if run.load == load]
         self.requests = []
         for run in self.runs:
             self.requests += self._of(run)
         self.good = [request for request in self.requests if request.error is None]
+        self.groups = 0  # runs, or runs at the same time, one after the other
+
+    def _of(self, run):
+        return [request for request in run.requests if request.endpoint == self.endpoint]
 
     def values(self, name):
         """Return the known values of a field, or of "tpot_ms", of the requests that ended well."""
         if name == "tpot_ms":
-            values = map(tpot_ms, self.good)
+            values = [tpot_ms(request) for request in self.good]
         else:
             values = [getattr(request, name) for request in self.good]
         return [value for value in values if value is not None]
 
     def result(self):
-        """Return the result as -o json has it, with "groups", the number of runs in a row."""
+        """Return the result as -o json has it."""
         errors = [request.error for request in self.requests]
         chunks = sum(map(chunk_count, self.good))
         output = sum(self.values("output_tokens"))
         chunk_tokens = output / chunks if chunks else None
-        tokens_rate, request_rate, seconds, groups = self._rates(chunk_tokens)
+        tokens_rate, request_rate, seconds, self.groups = self._rates(chunk_tokens or 1)
         gaps = [gap for request in self.good for gap in request.itl_ms]
         connects = [one.connect_ms for one in self.requests if one.connect_ms is not None]
+        failures = [error for error in errors if error not in (None, UNFINISHED, NOT_SENT)]
         return {
             "endpoint": self.endpoint,
             "load": self.load,
-            "requests": len(self.requests) - errors.count(NOT_SENT),
+            "requests": len(errors) - errors.count(NOT_SENT),
             "ok": len(self.good),
             "unfinished": errors.count(UNFINISHED),
             "not_sent": errors.count(NOT_SENT),
-            "errors": count_errors(self.requests),
+            "errors": {name: failures.count(name) for name in sorted(set(failures))},
             "seconds": seconds,
             "ttft_ms": summary(self.values("ttft_ms")),
             "tpot_ms": summary(self.values("tpot_ms")),
@@ -8655,9 +8123,28 @@ class BenchSet:
             "cached_tokens": sum(self.values("cached_tokens")),
             "exact": all(request.exact for request in self.good),
             "tokens_per_chunk": chunk_tokens,
-            "slo": count_slo(self.requests, self.runs[0].slo),
-            "groups": groups,
+            "slo": self._count_targets(),
         }
+
+    def _rates(self, chunk_tokens):
+        ends = self.values("e2e_ms")
+        usual_ms = sum(ends) / max(1, len(ends))
+        spans = []
+        for run in self.runs:
+            requests = self._of(run)
+            begin, end = run_window(run, requests)
+            if end > begin:
+                rates = window_rates(requests, begin, end, chunk_tokens, usual_ms)
+                spans.append((run.began + begin / 1000, run.began + end / 1000) + rates)
+        return merge_rates(spans)
+
+    def _count_targets(self):
+        slo = self.runs[0].slo
+        if not slo:
+            return None
+        ended = [one for one in self.requests if one.error not in (UNFINISHED, NOT_SENT)]
+        met = [one for one in ended if meets_targets(one, slo)]
+        return dict(slo, met=len(met), of=len(ended))
 
     def notes(self, result):
         """Return sentences on what a reader of *result* may not expect."""
@@ -8665,62 +8152,43 @@ class BenchSet:
         if 0 < result["ok"] < 100:
             requests = plural(result["ok"], "request")
             notes.append(f"p99 of {requests} is little more than their slowest one")
+        per_chunk = result["tokens_per_chunk"] or 1
         if not result["exact"]:
             notes.append("the server tells no token counts: ~ marks counts of chunks")
-        elif abs((result["tokens_per_chunk"] or 1) - 1) > 0.05:
-            tokens = f"{result['tokens_per_chunk']:.1f}"
-            notes.append(f"ITL is by chunk, and a chunk holds {tokens} tokens")
-        if result["groups"] > 1:
-            notes.append(f"rates are averages of {result['groups']} runs, one after the other")
+        elif abs(per_chunk - 1) > 0.05:
+            notes.append(f"ITL is by chunk, and a chunk holds {per_chunk:.1f} tokens")
+        if self.groups > 1:
+            notes.append(f"rates are averages of {self.groups} runs, one after the other")
         if result["not_sent"]:
             notes.append(f"{result['not_sent']} not sent while {MAX_UNFINISHED} were unfinished")
-        return [f"{self.name}: {note}" for note in notes]
+        return notes
 
-    def _of(self, run):
-        return [request for request in run.requests if request.endpoint == self.endpoint]
-
-    def _rates(self, chunk_tokens):
-        ends = self.values("e2e_ms")
-        usual_ms = sum(ends) / len(ends) if ends else 0
-        spans = []
-        for run in self.runs:
-            begin, end = run_window(run, self._of(run))
-            rates = window_rates(self._of(run), (begin, end), chunk_tokens or 1, usual_ms)
-            if rates[0] is not None:
-                spans.append((run.began + begin / 1000, run.began + end / 1000) + rates)
-        return merge_rates(spans)
-
-def compare_medians(values, others, random):
-    """Return by how many percent the median of *values* is above that of *others*: (it, low, high).
-
-    The bounds hold 95 % of what resampling both gives (bootstrap).  The median of n values drawn
-    from n sorted ones is drawn at once: its rank follows a Beta distribution.
-    """
-    changes = []
-    for _ in range(RESAMPLES):
-        medians = []
-        for ordered in (sorted(values), sorted(others)):
-            middle = len(ordered) // 2 + 1
-            rank = random.betavariate(middle, len(ordered) - middle + 1)
-            medians.append(ordered[min(int(rank * len(ordered)), len(ordered) - 1)])
-        changes.append(_percent_above(*medians))
-    changes.sort()
-    change = _percent_above(percentile(sorted(values), 50), percentile(sorted(others), 50))
-    return change, percentile(changes, 2.5), percentile(changes, 97.5)
+def _draw_median(ordered, random):
+    """Return the median of as many values drawn from *ordered*: its rank is Beta distributed."""
+    count = len(ordered)
+    middle = count // 2 + 1
+    rank = random.betavariate(middle, count - middle + 1)
+    return ordered[min(int(rank * count), count - 1)]
 
 def _percent_above(value, other):
     return 100 * (value / max(other, 1e-9) - 1)
 
-# Saved runs
+def compare_medians(values, others, random):
+    """Return by how many percent the median of *values* is above that of *others*: (it, low, high).
 
-def save_lines(run):
-    """Return the text that saves a BenchRun: a line of JSON for its head, and one a request."""
-    head = run._asdict()
-    del head["requests"]
-    lines = [json_text(head)]
-    for request in run.requests:
-        lines.append(json_text(_round_times(request._asdict())))
-    return "\n".join(lines) + "\n"
+    The bounds hold 95 % of what resampling both gives (bootstrap).
+    """
+    values = sorted(values)
+    others = sorted(others)
+    changes = []
+    for _ in range(RESAMPLES):
+        median = _draw_median(values, random)
+        changes.append(_percent_above(median, _draw_median(others, random)))
+    changes.sort()
+    change = _percent_above(percentile(values, 50), percentile(others, 50))
+    return change, percentile(changes, 2.5), percentile(changes, 97.5)
+
+# Saved runs
 
 def _round_times(fields):
     rounded = {}
@@ -8732,6 +8200,15 @@ def _round_times(fields):
         rounded[name] = value
     return rounded
 
+def save_lines(run):
+    """Return the text that saves a BenchRun: a line of JSON for its head, and one a request."""
+    head = run._asdict()
+    del head["requests"]
+    lines = [json_text(head)]
+    for request in run.requests:
+        lines.append(json_text(_round_times(request._asdict())))
+    return "\n".join(lines) + "\n"
+
 def parse_saved_runs(text, path):
     """Return the BenchRuns that *text*, read from *path*, holds; raise UsageError for others.
 
@@ -8739,15 +8216,16 @@ def parse_saved_runs(text, path):
     """
     runs = {}
     lines = text.split("\n")
+    del lines[-1]
     try:
-        for line in filter(None, lines[:-1]):
+        for line in filter(None, lines):
             fields = parse_json(line)
             if "began" in fields:
-                known = [fields[name] for name in BenchRun._fields[:-1]]
-                runs[fields["run"]] = BenchRun(*known, requests=[])
+                values = [fields[name] for name in BenchRun._fields[:-1]]
+                runs[fields["run"]] = BenchRun(*values, requests=[])
             else:
-                request = BenchRequest(*[fields[name] for name in BenchRequest._fields])
-                runs[request.run].requests.append(request)
+                values = [fields[name] for name in BenchRequest._fields]
+                runs[fields["run"]].requests.append(BenchRequest(*values))
     except (ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{path} holds other things than lines of bench --save") from error
     return list(runs.values())
@@ -8758,7 +8236,8 @@ def build_prompts(tokens, random):
     """Return some made-up prompts of about as many *tokens*; *random* is a random.Random."""
     prompts = []
     for _ in range(MADE_UP_PROMPTS):
-        prompts.append(" ".join(random.choice(BENCH_WORDS) for _ in range(tokens)))
+        words = [random.choice(BENCH_WORDS) for _ in range(tokens)]
+        prompts.append(" ".join(words))
     return prompts
 
 class BenchTarget:
@@ -8770,26 +8249,28 @@ class BenchTarget:
         self.settings = settings
         self.endpoint = settings.endpoint
         self.takes_stream_options = True
-        self.free_at = []  # monotonic times at which a slot is free, or of the next arrival
-        self.sent = self.in_flight = self.failures = 0  # failures in a row
-        self.requests = []  # BenchRequest, those that ended
         self.arrivals = Random()
         self._route = find_route(endpoint_url(settings.base_url, settings.endpoint, CHAT_PATH))
         self._sampling = sampling
-        self._prompts = prompts or build_prompts(
-            options.prompt_tokens or DEFAULT_PROMPT_TOKENS, Random(options.seed))
+        self._prompts = prompts
         self._options = options
-        self.restart()
+        self.restart([])
 
-    def restart(self):
-        """Begin a run: the same prompts and arrivals again, and no requests yet."""
+    def restart(self, free_at):
+        """Begin a run, with the same prompts and arrivals as each."""
+        self.free_at = free_at  # monotonic times at which a slot is free, or of the next arrival
         self.arrivals.seed(self._options.seed)
-        self.sent = self.in_flight = self.failures = 0
-        self.requests = []
+        self.sent = 0
+        self.in_flight = 0
+        self.failures = 0  # in a row
+        self.requests = []  # BenchRequest, those that ended
 
     def build_exchange(self, due=None):
         """Return the Exchange for the next prompt, due at a monotonic time."""
-        messages = [{"role": "user", "content": self._next_prompt()}]
+        prompt = self._prompts[self.sent % len(self._prompts)]
+        if not self._options.cached:
+            prompt = f"{os.urandom(4).hex()} {prompt}"
+        messages = [{"role": "user", "content": prompt}]
         if self._options.system is not None:
             messages.insert(0, {"role": "system", "content": self._options.system})
         request = build_chat_request(self._sampling, self.settings, messages, True)
@@ -8798,31 +8279,12 @@ class BenchTarget:
         self.sent += 1
         return Exchange(request, self._route, self.settings, due)
 
-    def _next_prompt(self):
-        prompt = self._prompts[self.sent % len(self._prompts)]
-        if self._options.cached:
-            return prompt
-        return f"{os.urandom(4).hex()} {prompt}"
-
 def find_failure(exchange):
     """Return the error of an ended exchange, or None.  Reasoning alone is no failure here."""
-    if exchange.error is None:
-        try:
-            exchange.reply.check_answer()
-        except ServerError as error:
-            if not exchange.arrivals:
-                return error
-        except CutShortError as error:
-            return error
-    return exchange.error
-
-def describe_failure(error):
-    """Return how a report names *error*, None or an XeroctlError: its kind, and HTTP status."""
-    if error is None:
+    error = exchange.find_error()
+    if exchange.error is None and isinstance(error, ServerError) and exchange.arrivals:
         return None
-    if error.status:
-        return f"{error.kind} (HTTP {error.status})"
-    return error.kind
+    return error
 
 def milliseconds(since, at):
     """Return the milliseconds from one monotonic time to another, or None if one is None."""
@@ -8841,11 +8303,17 @@ def gaps_between(arrivals):
         last = at
     return gaps
 
+def run_duration(options):
+    """Return the seconds of a run, or None where --requests alone ends it."""
+    if options.duration is None and options.requests is None:
+        return DEFAULT_DURATION_SECONDS
+    return options.duration
+
 class BenchRunner:
     """Runs one load against all targets at the same time, on the RequestLoop *loop*."""
 
     def __init__(self, loop, targets, load, options, progress):
-        self.stopped = False  # by a signal, or by too many failures
+        self.stopped = False  # by too many failures
         self.interrupt = None  # KeyboardInterrupt or Terminated
         self._loop = loop
         self._targets = targets
@@ -8856,7 +8324,8 @@ class BenchRunner:
         self._run = os.urandom(6).hex()
         self._owners = {}  # Exchange -> BenchTarget
         self._duration = run_duration(options)
-        self._began = self._ramp = self._stops_at = self._last_launch = 0
+        self._began = self._last_launch = time.monotonic()
+        self._ramp = min(1, (self._duration or 10) / 10)
 
     def measure(self):
         """Return the BenchRun; *interrupt* is the signal that ended it early, or None."""
@@ -8865,52 +8334,45 @@ class BenchRunner:
         gc.collect()
         gc.disable()
         began = time.time()
+        self._began = time.monotonic()
         self._loop.restart_beats()
+        for target in self._targets:
+            target.restart(self._first_launches())
         try:
-            self._begin()
             self._work()
         except (KeyboardInterrupt, Terminated) as error:
             self.interrupt = error
             self._last_launch = time.monotonic()
         finally:
             gc.enable()
+        if self._owners:
+            self._loop.drop_all()
         for exchange, target in self._owners.items():
             self._keep(exchange, target, UNFINISHED)
-            self._loop.drop(exchange)
         return self._build_run(began)
 
-    def _begin(self):
-        self._began = time.monotonic()
-        self._ramp = min(1, (self._duration or 10) / 10)
-        self._stops_at = self._began + (self._duration or float("inf"))
-        for target in self._targets:
-            target.restart()
-            target.free_at = [self._began]
-            if self._kind == "c":
-                steps = range(self._amount)
-                target.free_at = [self._began + self._ramp * n / self._amount for n in steps]
+    def _first_launches(self):
+        if self._kind == "rate":
+            return [self._began]
+        step = self._ramp / self._amount
+        return [self._began + step * slot for slot in range(self._amount)]
 
     def _work(self):
-        dropped_at = float("inf")
+        stops_at = self._began + (self._duration or float("inf"))
+        dropped_at = stops_at + DRAIN_SECONDS
         while True:
             now = time.monotonic()
-            launching = self._is_launching(now)
-            if not launching and self._duration:
-                dropped_at = min(dropped_at, now + DRAIN_SECONDS)
-            if now >= dropped_at or not launching and not self._owners:
+            wake_at = now + PROGRESS_SECONDS
+            more = [target for target in self._targets if self._wants_more(target)]
+            if now >= stops_at or self.stopped:
+                more = []
+            if now >= dropped_at or not more and not self._owners:
                 return
-            wake_at = min(dropped_at, now + PROGRESS_SECONDS)
-            if launching:
-                for target in self._targets:
-                    wake_at = min(wake_at, self._launch(target, now))
+            for target in more:
+                wake_at = min(wake_at, self._launch(target, now))
             for exchange in self._loop.turn(wake_at):
                 self._take(exchange)
             self._progress.show(self._describe)
-
-    def _is_launching(self, now):
-        if self.stopped or now >= self._stops_at:
-            return False
-        return any(self._wants_more(target) for target in self._targets)
 
     def _wants_more(self, target):
         return self._options.requests is None or target.sent < self._options.requests
@@ -8922,14 +8384,13 @@ class BenchRunner:
             if due > now:
                 return due
             target.free_at.remove(due)
-            if self._kind == "c":
-                due = None
-            else:
+            exchange = target.build_exchange()
+            if self._kind == "rate":
+                exchange.due = due
                 target.free_at.append(due + target.arrivals.expovariate(self._amount))
                 if target.in_flight >= MAX_UNFINISHED:
-                    self._skip(target, due)
+                    self._keep(exchange, target, NOT_SENT)
                     continue
-            exchange = target.build_exchange(due)
             target.in_flight += 1
             self._owners[exchange] = target
             self._last_launch = now
@@ -8940,15 +8401,19 @@ class BenchRunner:
         target = self._owners.pop(exchange)
         target.in_flight -= 1
         error = find_failure(exchange)
-        self._keep(exchange, target, describe_failure(error))
+        name = None
         rest = 0
         target.failures += 1
         if error is None:
             target.failures = 0
-        elif error.retry_after is None:
-            rest = REST_SECONDS
         else:
-            rest = min(error.retry_after, MAX_RETRY_DELAY_SECONDS)
+            name = error.kind
+            if error.status:
+                name += f" (HTTP {error.status})"
+            rest = REST_SECONDS
+            if error.retry_after is not None:
+                rest = min(error.retry_after, MAX_RETRY_DELAY_SECONDS)
+        self._keep(exchange, target, name)
         if target.failures >= FAILURES_TO_STOP:
             self.stopped = True
         if self._kind == "c":
@@ -8958,12 +8423,14 @@ class BenchRunner:
         reply = exchange.reply
         due = exchange.due
         if due is None:  # it never had a connection
-            due = exchange.sent_at or time.monotonic()
+            due = time.monotonic()
         output = reply.usage.completion
         if output is None:
             output = reply.deltas
         target.requests.append(BenchRequest(
-            self._run, target.endpoint, self._load,
+            run=self._run,
+            endpoint=target.endpoint,
+            load=self._load,
             start_ms=milliseconds(self._began, due),
             wait_ms=milliseconds(due, exchange.sent_at),
             connect_ms=milliseconds(0, exchange.connect_seconds),
@@ -8975,13 +8442,8 @@ class BenchRunner:
             output_tokens=output,
             exact=reply.usage.completion is not None,
             finish_reason=reply.finish_reason,
-            error=error))
-
-    def _skip(self, target, due):
-        blank = BenchRequest(*[None] * len(BenchRequest._fields))
-        target.requests.append(blank._replace(
-            run=self._run, endpoint=target.endpoint, load=self._load, error=NOT_SENT,
-            start_ms=milliseconds(self._began, due), itl_ms=[]))
+            error=error,
+        ))
 
     def _build_run(self, began):
         options = self._options
@@ -8989,16 +8451,20 @@ class BenchRunner:
         if options.slo_ttft is not None or options.slo_tpot is not None:
             slo = {"ttft_ms": options.slo_ttft, "tpot_ms": options.slo_tpot}
         lags = summary([round(1000 * seconds, 3) for seconds in self._loop.lags])
-        window_ms = [1000 * self._ramp, milliseconds(self._began, self._last_launch)]
         requests = []
         for target in self._targets:
             requests += target.requests
         return BenchRun(
-            self._run, self._load, began, window_ms, slo,
+            run=self._run,
+            load=self._load,
+            began=began,
+            window_ms=[1000 * self._ramp, milliseconds(self._began, self._last_launch)],
+            slo=slo,
             lag_ms={name: lags[name] or 0 for name in LAG_STATISTICS},
             version=__version__,
             options={name: getattr(options, name) for name in LOAD_OPTIONS},
-            requests=requests)
+            requests=requests,
+        )
 
     def _describe(self):
         seconds = time.monotonic() - self._began
@@ -9008,34 +8474,29 @@ class BenchRunner:
         parts = []
         for target in self._targets:
             good = [one for one in target.requests if one.error is None]
+            failed = len(target.requests) - len(good)
             rate = sum(one.output_tokens for one in good) / seconds
             parts.append(f"{target.endpoint} {self._load} {until}: {len(good)} done, "
-                         f"{target.in_flight} in flight, {len(target.requests) - len(good)} failed, "
-                         f"{rate:.0f} tok/s")
+                         f"{target.in_flight} in flight, {failed} failed, {rate:.0f} tok/s")
         return "; ".join(parts)
 
-def run_duration(options):
-    """Return the seconds of a run, or None where --requests alone ends it."""
-    if options.duration is None and options.requests is None:
-        return DEFAULT_DURATION_SECONDS
-    return options.duration
-
-def warm_up(loop, target, count):
-    """Send *count* requests to *target*, one after the other; raise the error of one that fails."""
-    for _ in range(count):
-        error = _ask_once(loop, target)
-        if error and refuses_stream_options(error):
-            target.takes_stream_options = False
-            error = _ask_once(loop, target)
-        if error:
-            raise error
-
-def _ask_once(loop, target):
+def ask_once(loop, target):
+    """Send one request to *target*; return the error, or None."""
     loop.start(target.build_exchange())
     finished = []
     while not finished:
         finished = loop.turn(time.monotonic() + PROGRESS_SECONDS)
     return find_failure(finished[0])
+
+def warm_up(loop, target, count):
+    """Send *count* requests to *target*, one after the other; raise the error of one that fails."""
+    for _ in range(count):
+        error = ask_once(loop, target)
+        if error and refuses_stream_options(error):
+            target.takes_stream_options = False
+            error = ask_once(loop, target)
+        if error:
+            raise error
 
 # The report
 
@@ -9047,98 +8508,131 @@ def build_bench_document(sets, conditions, interrupted):
         for run in bench_set.runs:
             for name in lag_ms:
                 lag_ms[name] = max(lag_ms[name], run.lag_ms[name])
+    rows = [list_metrics(result, lag_ms) for result in results]
     failed = []
     for condition in conditions:
-        if any(condition_holds(condition, result, lag_ms) for result in results):
+        if any(condition_holds(condition, metrics) for metrics in rows):
             failed.append(condition.text)
-    client = {"lag_ms": lag_ms, "trusted": lag_ms["p99"] <= MAX_LAG_MS}
-    return {"client": client, "interrupted": interrupted, "failed_conditions": failed,
-            "results": results}
+    return {
+        "client": {"lag_ms": lag_ms, "trusted": lag_ms["p99"] <= MAX_LAG_MS},
+        "interrupted": interrupted,
+        "failed_conditions": failed,
+        "results": results,
+    }
 
 def fixed(value, decimals, columns):
     """Return *value* right-aligned in *columns*, with fewer decimals if need be; "-" for None."""
     if value is None:
         return "-".rjust(columns)
-    while decimals and len(f"{value:.{decimals}f}") >= columns:
+    text = f"{value:.{decimals}f}"
+    while len(text) >= columns and decimals:
         decimals -= 1
-    return f"{value:{columns}.{decimals}f}"
+        text = f"{value:.{decimals}f}"
+    return text.rjust(columns)
 
-def _row_line(result):
+def _row_figures(result):
     """Return the figures of a row, without its last column."""
-    cells = []
-    for name in ("ttft_ms", "tpot_ms"):
-        cells.append(fixed(result[name]["p50"], 1, 7))
-        cells.append(fixed(result[name]["p95"], 1, 7))
+    ttft = result["ttft_ms"]
+    tpot = result["tpot_ms"]
     longest = result["e2e_ms"]["p95"]
-    cells.append(fixed(longest and longest / 1000, 2, 7))
-    rate = fixed(result["output_tokens_per_second"], 1, 7).strip()
+    if longest is not None:
+        longest /= 1000
+    rate = fixed(result["output_tokens_per_second"], 1, 7)
     if not result["exact"]:
-        rate = "~" + rate
-    cells.append(rate.rjust(8))
-    cells.append(fixed(result["requests_per_second"], 2, 7))
+        rate = "~" + rate.lstrip()
+    cells = [
+        fixed(ttft["p50"], 1, 7),
+        fixed(ttft["p95"], 1, 7),
+        fixed(tpot["p50"], 1, 7),
+        fixed(tpot["p95"], 1, 7),
+        fixed(longest, 2, 7),
+        rate.rjust(8),
+        fixed(result["requests_per_second"], 2, 7),
+    ]
     return "".join(cells)
+
+def _last_cell(result, styled):
+    """Return the last column of a row: within targets, or the number of errors without targets."""
+    slo = result["slo"]
+    if slo is None:
+        return str(count_errors(result)[0]).rjust(9)
+    if not slo["of"]:
+        return "-".rjust(9)
+    share = 100 * slo["met"] / slo["of"]
+    cell = fixed(share, 1, 7) + " %"
+    if styled and share < 100:
+        return RED + cell + RESET
+    return cell
 
 def report_table(results, styled):
     """Return the lines of the table of *results*, with styles for a terminal if asked for."""
-    bold, red, reset = (BOLD, RED, RESET) if styled else ("", "", "")
-    load_width = max(len(result["load"]) for result in results) + 2
-    names = [one_line(result["endpoint"]) for result in results]
-    widest = max(map(display_width, names + ["endpoint"]))
-    width = min(widest + 1, REPORT_COLUMNS - load_width - 59)
-    has_targets = any(result["slo"] for result in results)
-    above, last = ("within", "targets") if has_targets else ("", "errors")
-    head = "endpoint".ljust(width) + "load".ljust(load_width)
-    blank = " " * (width + load_width)
-    lines = [f"{bold}{blank}       TTFT ms       TPOT ms  E2E s  output{above:>16}{reset}",
-             f"{bold}{head}    p50    p95    p50    p95    p95   tok/s  req/s{last:>9}{reset}"]
-    for name, result in zip(names, results):
-        name = truncate_middle(name, width - 1)
-        padding = " " * (width - display_width(name))
-        count, total = count_of("errors", result)
-        cell = f"{count:9}"
+    names = ["endpoint"]
+    loads = ["load"]
+    above, below = ERROR_HEADS
+    for result in results:
+        names.append(one_line(result["endpoint"]))
+        loads.append(result["load"])
         if result["slo"]:
-            count, total = count_of("slo", result)
-            cell = fixed(100 * count / total if total else None, 1, 7) + " %"
-            if count < total:
-                cell = red + cell + reset
-        lines.append(f"{name}{padding}{result['load']:<{load_width}}{_row_line(result)}{cell}")
+            above, below = SLO_HEADS
+    load_width = max(map(len, loads)) + 2
+    room = REPORT_COLUMNS - FIGURES_COLUMNS - load_width
+    width = min(room, max(map(display_width, names)) + 1)
+    lines = [" " * (width + load_width) + above]
+    lines.append(names[0].ljust(width) + loads[0].ljust(load_width) + below)
+    if styled:
+        lines = [BOLD + line + RESET for line in lines]
+    for name, load, result in zip(names[1:], loads[1:], results):
+        name = truncate_middle(name, width - 1)
+        line = name + " " * (width - display_width(name))
+        line += load.ljust(load_width)
+        line += _row_figures(result)
+        line += _last_cell(result, styled)
+        lines.append(line)
     return lines
 
 def detail_lines(result):
     """Return the lines that tell the figures of one result in full."""
     statistics = BENCH_STATISTICS[:-1]
-    lines = [" " * 12 + "".join(f"{name:>9}" for name in statistics)]
-    labels = (("ttft", "TTFT ms"), ("tpot", "TPOT ms"), ("itl", "ITL ms"), ("e2e", "E2E s"),
-              ("wait", "wait ms"), ("connect", "connect ms"))
-    for name, label in labels:
-        values = result[name + "_ms"]
-        line = f"{label:<12}"
-        for statistic in statistics if values["n"] else ():
+    head = [name.rjust(9) for name in statistics]
+    lines = [" " * 12 + "".join(head)]
+    for name, label in DETAILS:
+        values = result[name]
+        if not values["n"]:
+            continue
+        line = label.ljust(12)
+        for statistic in statistics:
             value = values[statistic]
-            if label.endswith(" s"):
+            if name == "e2e_ms":
                 value /= 1000
             line += fixed(value, 2, 9)
-        if values["n"]:
-            lines.append(line)
+        lines.append(line)
     return lines
 
 def histogram_line(values, blocks, columns):
     """Return how *values*, in ms, are spread, in *columns*; *blocks* are bars of growing height."""
-    low, high = min(values), max(values)
-    before, after = f"TTFT: {low:.0f} ms |", f"| {high:.0f} ms"
+    low = min(values)
+    high = max(values)
+    before = f"TTFT: {low:.0f} ms |"
+    after = f"| {high:.0f} ms"
     counts = [0] * (columns - len(before) - len(after))
     step = max(high - low, 0.001) / len(counts)
     for value in values:
-        counts[min(int((value - low) / step), len(counts) - 1)] += 1
-    top = len(blocks) - 1
-    bars = [blocks[-(-count * top // max(counts))] for count in counts]
-    return before + "".join(bars) + after
+        index = int((value - low) / step)
+        counts[min(index, len(counts) - 1)] += 1
+    line = before
+    highest = max(counts)
+    for count in counts:
+        height = count * (len(blocks) - 1) / highest
+        line += blocks[int(height + 0.999)]  # not nothing for a few
+    return line + after
 
 def total_line(result):
     """Return one line: how many requests were done, their tokens, and what went wrong."""
-    mark = "" if result["exact"] else "~"
+    output = str(result["output_tokens"])
+    if not result["exact"]:
+        output = "~" + output
     line = (f"{result['ok']} of {result['requests']} done in {result['seconds']:.1f} s, "
-            f"{result['input_tokens']} tokens in, {mark}{result['output_tokens']} out")
+            f"{result['input_tokens']} tokens in, {output} out")
     if result["cached_tokens"]:
         line += f", {result['cached_tokens']} cached"
     for name, count in result["errors"].items():
@@ -9147,55 +8641,69 @@ def total_line(result):
         line += f"; {result['unfinished']} unfinished"
     return line
 
-def comparison_lines(sets):
-    """Return a line for each of *sets* that is compared with the first one at the same load."""
+def comparison_line(bench_set, other):
+    """Return one line on how much slower *bench_set* was than *other*, or None for no figures."""
     from random import Random
 
-    lines = []
-    first_of = {}  # load -> BenchSet
-    for bench_set in sets:
-        first = first_of.setdefault(bench_set.load, bench_set)
-        parts = []
-        for label, name in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("E2E", "e2e_ms")):
-            values, others = bench_set.values(name), first.values(name)
-            if bench_set is not first and values and others:
-                change, low, high = compare_medians(values, others, Random(0))
-                parts.append(f"{label} p50 {change:+.0f} % ({low:+.0f} to {high:+.0f})")
-        if parts:
-            lines.append(f"{bench_set.endpoint} against {first.endpoint}: {', '.join(parts)}")
-    return lines
+    parts = []
+    for name, label in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"), ("e2e_ms", "E2E")):
+        values = bench_set.values(name)
+        others = other.values(name)
+        if values and others:
+            change, low, high = compare_medians(values, others, Random(0))
+            parts.append(f"{label} p50 {change:+.0f} % ({low:+.0f} to {high:+.0f})")
+    if not parts:
+        return None
+    return f"{bench_set.endpoint} against {other.endpoint}: " + ", ".join(parts)
 
 def report_lines(document, sets, notes, output):
     """Return the lines of the report for the Output *output*."""
     results = document["results"]
     lines = report_table(results, output.styled) + [""]
     if len(sets) == 1 and results[0]["ttft_ms"]["n"]:
-        blocks = " ▁▂▃▄▅▆▇█"
+        blocks = BLOCKS
         if not output.can_show(blocks):
-            blocks = " .:-=+*#"
+            blocks = ASCII_BLOCKS
         lines += detail_lines(results[0]) + [""]
         lines.append(histogram_line(sets[0].values("ttft_ms"), blocks, REPORT_COLUMNS))
+    compared = []
+    first_of = {}  # load -> BenchSet
     for bench_set, result in zip(sets, results):
-        label = "" if len(sets) == 1 else bench_set.name + ": "
+        label = ""
+        if len(sets) > 1:
+            label = f"{bench_set.endpoint} {bench_set.load}: "
         lines.append(label + total_line(result))
-        notes = notes + bench_set.notes(result)
-    lines += comparison_lines(sets)
-    lines += [f"note: {note}" for note in notes]
+        notes = notes + [label + note for note in bench_set.notes(result)]
+        first = first_of.setdefault(bench_set.load, bench_set)
+        if bench_set is not first:
+            compared.append(comparison_line(bench_set, first))
+    lines += filter(None, compared)
+    for note in notes:
+        lines.append("note: " + note)
     lag_ms = document["client"]["lag_ms"]
     lines.append(f"client: woken {lag_ms['p50']:.1f} ms late (p50), {lag_ms['p99']:.1f} ms (p99)")
     if not document["client"]["trusted"]:
         lines.append("NOT TRUSTWORTHY: this machine was too busy to measure with")
-    lines += [f"failed: {text}" for text in document["failed_conditions"]]
+    for text in document["failed_conditions"]:
+        lines.append("failed: " + text)
     return lines
 
 # The command
 
-def read_prompts(path, console):
-    """Return the prompts in the file *path*, one a line; '-' is standard input, None no file."""
+def read_prompts(options, console):
+    """Return the prompts in the file of --prompts, one a line, or made-up ones."""
+    from random import Random
+
+    path = options.prompts
     if path is None:
-        return []
-    data = (console.read_stdin() or b"") if path == "-" else read_file(path)
-    prompts = [line for line in decode_prompt(data, path).split("\n") if line.strip()]
+        tokens = options.prompt_tokens or DEFAULT_PROMPT_TOKENS
+        return build_prompts(tokens, Random(options.seed))
+    if path == "-":
+        data = console.read_stdin() or b""
+    else:
+        data = read_file(path)
+    lines = decode_prompt(data, path).split("\n")
+    prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"there are no prompts in {utf8_argument(path)}")
     return prompts
@@ -9206,12 +8714,14 @@ def check_bench_options(options):
         raise UsageError("--save - and -o json both write to standard output: give one of them")
     if options.rate and options.concurrency:
         raise UsageError("--rate and --concurrency are two loads: give one of them")
-    if options.report and (options.endpoints or options.demo or options.save):
-        raise UsageError("--report asks nobody: give no --endpoint, --demo or --save with it")
-    has_targets = options.slo_ttft is not None or options.slo_tpot is not None
-    for condition in options.fail_if:
-        if condition.metric == "slo" and not has_targets and not options.report:
-            raise UsageError(f"--fail-if {condition.text} needs --slo-ttft or --slo-tpot")
+    if options.report:
+        if options.endpoints or options.demo or options.save:
+            raise UsageError("--report asks nobody: give no --endpoint, --demo or --save with it")
+        return
+    if options.slo_ttft is None and options.slo_tpot is None:
+        for condition in options.fail_if:
+            if condition.metric.startswith("slo"):
+                raise UsageError(f"--fail-if {condition.text} needs --slo-ttft or --slo-tpot")
 
 def build_targets(options, settings, console):
     """Return the BenchTargets that *options* name."""
@@ -9223,11 +8733,12 @@ def build_targets(options, settings, console):
     sampling = build_sampling(options)
     if "max_completion_tokens" not in sampling.fields:
         sampling.fields.setdefault("max_tokens", DEFAULT_BENCH_MAX_TOKENS)
-    prompts = read_prompts(options.prompts, console)
+    prompts = read_prompts(options, console)
     targets = []
     for endpoint in endpoints:
         check_endpoint(endpoint, settings.base_url, "--endpoint")
-        targets.append(BenchTarget(settings._replace(endpoint=endpoint), sampling, prompts, options))
+        settings = settings._replace(endpoint=endpoint)
+        targets.append(BenchTarget(settings, sampling, prompts, options))
     return targets
 
 def list_loads(options):
@@ -9238,17 +8749,20 @@ def list_loads(options):
 
 def describe_bound(options, loads):
     """Return one line: what is going to be sent, and for how long."""
-    steps = [f"{options.warmup} to warm up"]
     limits = []
     if run_duration(options):
         limits.append(f"{run_duration(options):g} s")
     if options.requests:
         limits.append(plural(options.requests, "request"))
+    until = " or ".join(limits)
+    line = f"at each endpoint: {options.warmup} to warm up"
     for kind, amount in loads:
-        words = f"{amount} in flight" if kind == "c" else f"{amount:g} a second"
-        steps.append(f"{words} for {' or '.join(limits)}")
+        if kind == "c":
+            line += f", then {amount} in flight for {until}"
+        else:
+            line += f", then {amount:g} a second for {until}"
     tokens = options.max_tokens or DEFAULT_BENCH_MAX_TOKENS
-    return f"at each endpoint: {', then '.join(steps)}; {tokens} tokens at most"
+    return f"{line}; {tokens} tokens at most"
 
 def save_run(run, path, console):
     """Append a BenchRun to the file *path*; '-' is standard output."""
@@ -9265,36 +8779,18 @@ def measure_loads(options, targets, loads, console):
     """Return the BenchRuns of *loads*, one after the other, and the signal that ended them."""
     runs = []
     progress = Progress(console)
-    loop = RequestLoop(console.waiter, not options.no_keepalive)
-    with contextlib.closing(loop):
+    with contextlib.closing(RequestLoop(console.waiter, not options.no_keepalive)) as loop:
         for target in targets:
             warm_up(loop, target, options.warmup)
         for load in loads:
             runner = BenchRunner(loop, targets, load, options, progress)
-            run = runner.measure()
+            runs.append(runner.measure())
             progress.clear()
-            runs.append(run)
             if options.save:
-                save_run(run, options.save, console)
+                save_run(runs[-1], options.save, console)
             if runner.interrupt or runner.stopped:
                 break
     return runs, runner.interrupt
-
-def show_runs(options, runs, interrupt, notes, console):
-    """Show the report on *runs*; return the exit status."""
-    pairs = [(request.endpoint, request.load) for run in runs for request in run.requests]
-    sets = [BenchSet(endpoint, load, runs) for endpoint, load in dict.fromkeys(pairs)]
-    document = build_bench_document(sets, options.fail_if, interrupt is not None)
-    if console.json:
-        for result in document["results"]:
-            del result["groups"]
-        console.write(json_text(document) + "\n")
-    elif sets and options.save != "-":
-        lines = report_lines(document, sets, notes, console.out)
-        console.write_styled("\n".join(lines) + "\n")
-    if document["failed_conditions"]:
-        return EXIT_CONDITION
-    return status_of(document["results"])
 
 def status_of(results):
     """Return the exit status: 0 if a request ended well, else that of the most frequent error."""
@@ -9310,16 +8806,37 @@ def status_of(results):
             return error_class.exit_status
     return EXIT_FAILURE
 
+def show_runs(options, runs, interrupt, notes, console):
+    """Show the report on *runs*; return the exit status."""
+    names = {}  # (endpoint, load), in the order in which they came
+    for run in runs:
+        for request in run.requests:
+            names[request.endpoint, request.load] = True
+    sets = [BenchSet(endpoint, load, runs) for endpoint, load in names]
+    document = build_bench_document(sets, options.fail_if, interrupt is not None)
+    if console.json:
+        console.write(json_text(document) + "\n")
+    elif sets and options.save != "-":
+        lines = report_lines(document, sets, notes, console.out)
+        console.write_styled("\n".join(lines) + "\n")
+    if document["failed_conditions"]:
+        return EXIT_CONDITION
+    return status_of(document["results"])
+
+def show_saved_runs(options, console):
+    """Show the report on the files of --report; return the exit status."""
+    console.json = options.output == "json"
+    runs = []
+    for path in options.report:
+        text, _ = decode_text(read_file(path))
+        runs += parse_saved_runs(text, utf8_argument(path))
+    return show_runs(options, runs, None, [], console)
+
 def run_bench(options, console):
     """Measure endpoints, or report on saved runs; return the exit status."""
     check_bench_options(options)
     if options.report:
-        console.json = options.output == "json"
-        runs = []
-        for path in options.report:
-            text = decode_text(read_file(path))[0]
-            runs += parse_saved_runs(text, utf8_argument(path))
-        return show_runs(options, runs, None, [], console)
+        return show_saved_runs(options, console)
     loads = list_loads(options)
     notes = []
     if options.demo:
@@ -9330,8 +8847,8 @@ def run_bench(options, console):
             for target in targets:
                 send_dry_run(target.build_exchange().request, settings, console)
             return EXIT_OK
-        most = [amount if kind == "c" else MAX_UNFINISHED for kind, amount in loads]
-        allow_connections(max(most) * len(targets))
+        slots = [amount if kind == "c" else MAX_UNFINISHED for kind, amount in loads]
+        allow_connections(max(slots) * len(targets))
         if console.err.is_terminal and not console.quiet:
             console.print_line(describe_bound(options, loads), dim=True)
         runs, interrupt = measure_loads(options, targets, loads, console)
@@ -9419,67 +8936,46 @@ def run_completion(options, console):
     """Print the completion script for a shell."""
     console.write(SHELLS[options.shell])
 
-def _option_that_waits(parser, word):
-    """Return the option of *parser* whose value is the word after *word*, or None."""
-    if word.startswith("--"):
-        names = [word]
-    else:
-        names = ["-" + letter for letter in word[1:]]  # -qvo
-    for name in names:
-        action = parser.names.get(name)
-        if action and action.nargs != 0:
-            is_last = name is names[-1]
-            return action if is_last else None
-    return None
-
-def _values(action, contexts):
-    """Return what can follow an option or stand for an argument, as far as that is known."""
-    if action.choices:
-        return [(choice, "") for choice in action.choices]
-    if action.metavar == "CONTEXT":
-        return [(name, "") for name in contexts]
-    if action.metavar == "FILE":
-        return [(FILES_ROW, "")]
+def _values(argument):
+    """Return the values that an option or an argument may have, as far as they are known."""
+    if argument.choices:
+        return argument.choices
+    if argument.metavar == "FILE":
+        return [FILES_ROW]
+    if argument.metavar == "CONTEXT":
+        with contextlib.suppress(UsageError):
+            return [name for name in read_config().deployments if one_line(name) == name]
     return []
 
-def _matching(word, pairs):
-    return [pair for pair in pairs if pair[0].startswith(word) or pair[0] == FILES_ROW]
+def find_candidates(parser, waiting, word):
+    """Return the (candidate, meaning) pairs that can stand in place of *word*.
 
-def find_candidates(parser, words, contexts):
-    """Return the (word, meaning) pairs that can stand in place of the last of *words*.
-
-    *parser* has to be the one of the whole command line, *contexts* the names of deployments.
+    *parser* is that of the command in front, *waiting* the option whose value *word* is, or None.
     """
-    option, position = None, 0
-    for word in words[:-1]:
-        if word.startswith("-"):
-            option = _option_that_waits(parser, word)
-        elif option:
-            if option.nargs != "+":
-                option = None
-        elif word in parser.commands:
-            parser, position = parser.commands[word].with_options(), 0
-        else:
-            position += 1
-    word = words[-1]
     name, equals, _ = word.partition("=")
-    if option:
-        return _matching(word, _values(option, contexts))
-    if equals and name in parser.names:
-        values = _values(parser.names[name], contexts)
-        if values == [(FILES_ROW, "")]:
-            return values
-        return _matching(word, [(name + "=" + value, meaning) for value, meaning in values])
-    if word.startswith("-"):
-        return _matching(word, [(name, action.help) for name, action in parser.names.items()])
-    commands = [(name, below.summary) for name, below in parser.commands.items()]
-    arguments = parser.arguments[position:position + 1]
-    return _matching(word, sum([_values(action, contexts) for action in arguments], commands))
+    if waiting:
+        found = dict.fromkeys(_values(waiting), "")
+    elif equals and name in parser.options:
+        values = _values(parser.options[name])
+        if values == [FILES_ROW]:
+            return [(FILES_ROW, "")]
+        found = {f"{name}={value}": "" for value in values}
+    elif word.startswith("-"):
+        found = {name: option.help for name, option in parser.options.items()}
+    else:
+        found = dict(parser.commands)
+        if parser.argument:
+            found.update(dict.fromkeys(_values(parser.argument), ""))
+    return [pair for pair in found.items() if pair[0].startswith(word) or pair[0] == FILES_ROW]
 # -- Command line -----------------------------------------------------------------------------
 
-# Options are written as the help shows them: a title, then a line each.  A small letter's option
-# belongs to the long one behind it; "repeatable" in the summary makes a list of the values.  The
-# metavar, or the name where it is in TYPES, says what a value must be.
+# The options of a command are written as its help shows them: a title, then a line such as
+#
+#     -e, --endpoint SLUG        endpoint to ask
+#
+# This is one option with a short and a long name; another long name begins another option.  SLUG
+# says that it takes a value, and TYPES what the value must be.  "repeatable" in the summary makes
+# a list of the values.  Without SLUG it would be a flag.
 
 ENDPOINT_OPTION = f"""
 Endpoint
@@ -9528,6 +9024,10 @@ Output
   --plain                    no styles and no word wrap on a terminal
   --show-usage               print token counts and the id on stderr
   --show-reasoning           print the model's reasoning on stderr
+Examples
+  xeroctl chat -e my-endpoint --stream -m "What is 2+2?"
+  tail app.log | xeroctl chat -e my-endpoint -a - -m "What failed?"
+  xeroctl chat -e my-endpoint -i --system "Keep it short."
 """
 MODEL_OPTIONS = """
 Sampling
@@ -9552,6 +9052,10 @@ Results
   --ordered                  keep the order of the requests
   --results FILE             append to FILE; ask only what it does not answer
   --max-failures N           end after N failed requests
+Examples
+  xeroctl batch -e my-endpoint questions.txt > answers.jsonl
+  xeroctl batch -e my-endpoint --results answers.jsonl requests.jsonl
+  xeroctl batch --demo -o text < questions.txt
 """
 BENCH_OPTIONS = """
 Message
@@ -9575,6 +9079,10 @@ Results
 Endpoint
   -e, --endpoint SLUG        endpoint to measure; repeatable
   --demo                     ask a practice endpoint inside this process
+Examples
+  xeroctl bench -e blue -e green --concurrency 1,4,16
+  xeroctl bench -e blue --rate 5 --duration 60 --save blue.jsonl
+  xeroctl bench --report blue.jsonl
 """
 FILTER_OPTIONS = """
 Results
@@ -9584,27 +9092,9 @@ Results
   --model NAME               those of this model
   --metadata NAME=VALUE      those with this tag; repeatable
 """
-UPDATE_OPTIONS = """
-Results
-  --metadata NAME=VALUE      tag of the new set; repeatable
-"""
-DELETE_OPTIONS = """
-Results
-  --yes                      do not ask
-"""
-BRIEF_HELP_END = "Try: xeroctl chat --demo -m Hello; xeroctl help COMMAND tells more."
-HELP_COLUMN = 29
-TITLES = ("Message", "Sampling", "Load", "Results", "Output", "Endpoint", "Connection")
+TITLES = ("Message", "Sampling", "Load", "Results", "Output", "Endpoint", "Connection", "Examples")
 
-def _nearest(word, names):
-    """Return the name that begins like *word* or differs little from it, or None."""
-    import difflib
-
-    bare = {name.lstrip("-"): name for name in names}
-    word = word.lstrip("-")
-    near = [name for name in bare if name.startswith(word)]
-    near = near or difflib.get_close_matches(word, bare, 1)
-    return bare[near[0]] if word and near else None
+# A type returns the value of a text, or raises ArgumentTypeError.
 
 def _quoted(before, value):
     """Return *value* in quotes, or nothing where it may be a key: an error must not repeat one."""
@@ -9612,40 +9102,41 @@ def _quoted(before, value):
         return ""
     return f"{before}'{one_line(value)}'"
 
-# Each type returns the value of a text, or raises ArgumentTypeError.
+def _is_option(word):
+    return word.startswith("-") and word != "-"
 
-def plain_text(text):
-    """Return *text* if it holds no control characters."""
-    if sanitize(text) != text or "\n" in text:
-        raise argparse.ArgumentTypeError("must not hold control characters")
-    return text
+def _nearest(word, names):
+    """Return the name that begins with *word* or differs little from it, or None."""
+    import difflib
 
-def prompt_text(text):
+    near = [name for name in names if name.startswith(word)]
+    near += difflib.get_close_matches(word, names, 1, 0.75)
+    if near:
+        return near[0]
+    return None
+
+def _must_be(words, text):
+    return argparse.ArgumentTypeError(f"must be {words}{_quoted(', not ', text)}")
+
+def utf8_text(text):
     """Return *text*, with what is not UTF-8 in it replaced."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 def completion_id(text):
     """Return *text* if it is an id, so that it stays in its place in the path of a URL."""
     if not re.match(r"[A-Za-z0-9._-]+\Z", text) or not text.strip("."):
-        raise argparse.ArgumentTypeError(
-            f"must be letters, digits, '.', '_' and '-'{_quoted(', not ', text)}")
+        raise _must_be("letters, digits, '.', '_' and '-'", text)
     return text
 
-def number(low, high, convert=float):
-    """Return the type of numbers from *low* to *high*, of whole ones if *convert* is int."""
-    words = "a whole number" if convert is int else "a number"
-    if high < MAX_NUMBER:
-        words += f" from {low} to {high}"
-    elif low > -MAX_NUMBER:
-        words += f" of at least {low}"
-
+def number(words, low, high, convert=int):
+    """Return the type of numbers from *low* to *high*; *words* say to a user what they are."""
     def parse_number(text):
         try:
             value = convert(text)
         except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be {words}{_quoted(', not ', text)}")
+            raise _must_be(words, text) from None
+        if not low <= value <= high:
+            raise _must_be(words, text)
         return value
 
     return parse_number
@@ -9654,27 +9145,17 @@ def one_of(choices):
     """Return the type of words that are one of *choices*."""
     def parse_choice(text):
         if text not in choices:
-            words = ", ".join(choices[:-1]) + " or " + choices[-1]
-            raise argparse.ArgumentTypeError(f"must be {words}{_quoted(', not ', text)}")
+            raise _must_be(", ".join(choices[:-1]) + " or " + choices[-1], text)
         return text
 
     return parse_choice
 
 def parse_pair(text):
     """Return the (name, value) of NAME=VALUE, both texts."""
-    name, equals, value = prompt_text(text).partition("=")
+    name, equals, value = utf8_text(text).partition("=")
     if not name or not equals or sanitize(name) != name:
         raise argparse.ArgumentTypeError("must be NAME=VALUE")
     return name, value
-
-def _parse_strict_json(text):
-    """Return the JSON document *text*; raise ValueError for anything else, NaN included."""
-    try:
-        document = json.loads(text)
-        json.dumps(document, allow_nan=False)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    return document
 
 def parse_field(text):
     """Return the (name, JSON value) of NAME=VALUE or NAME=@FILE; '@@' begins a text with '@'."""
@@ -9683,202 +9164,224 @@ def parse_field(text):
         raise argparse.ArgumentTypeError(f"cannot set {name}")
     if value.startswith("@@"):
         return name, value[1:]
-    if value.startswith("@"):
-        path = native_path(value[1:])
-        try:
-            return name, _parse_strict_json(decode_text(read_file(path))[0])
-        except ValueError as error:
-            raise UsageError(f"--param {name}: {value[1:]} is not JSON: {error}") from error
+    path = value[1:]
+    is_file = value.startswith("@")
+    if is_file:
+        value = decode_text(read_file(native_path(path)))[0]
     try:
-        return name, _parse_strict_json(value)
-    except ValueError:
+        document = json.loads(value)
+        json.dumps(document, allow_nan=False)
+        return name, document
+    except (ValueError, RecursionError) as error:
+        if is_file:
+            raise UsageError(f"--param {name}: {path} is not JSON: {error}") from error
         return name, value
 
 def parse_header(text):
     """Return the (name, value) of 'NAME: VALUE'; the name is a token of RFC 9110."""
-    name, colon, value = prompt_text(text).partition(":")
+    name, colon, value = utf8_text(text).partition(":")
     value = value.strip(" \t")
     if not colon or not re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name):
         raise argparse.ArgumentTypeError("must be 'NAME: VALUE'")
-    if re.search(r"[\0-\x08\x0a-\x1f\x7f]", value):
-        raise argparse.ArgumentTypeError("must have no line end or control character in it")
+    if not re.match(r"[\t -~\xa0-\xff]*\Z", value):
+        raise argparse.ArgumentTypeError("must be one line of printable Latin-1 characters")
     if name.lower() in ("content-length", "transfer-encoding", "connection"):
         raise argparse.ArgumentTypeError(f"cannot set {name}: it frames the request")
     return name, value
 
-_POSITIVE = number(1, MAX_NUMBER, int)
-CHOICES = {
-    "--output": ("text", "json", "table"),
-    "--order": ("asc", "desc"),
-    "SHELL": tuple(SHELLS),
-}
+# What a value must be, by the name of the option or by its metavar: a type, or the words to choose
+# from.  Any other value is a text.
 TYPES = {
-    "--after": plain_text,
-    "--duration": number(0.1, MAX_TIMEOUT_SECONDS),
-    "--frequency-penalty": number(-2, 2),
-    "--limit": number(1, 100, int),
-    "--context": plain_text,
+    "--duration": number("a number from 0.1 to 1000000", 0.1, MAX_TIMEOUT_SECONDS, float),
+    "--frequency-penalty": number("a number from -2 to 2", -2, 2, float),
+    "--limit": number("a whole number from 1 to 100", 1, 100),
     "--message": str,  # run_chat refuses what is not UTF-8
-    "--model": plain_text,
+    "--model": utf8_text,
+    "--output": ("text", "json", "table"),
     "--param": parse_field,
-    "--presence-penalty": number(-2, 2),
-    "--retries": number(0, 1000, int),
-    "--seed": number(-MAX_NUMBER, MAX_NUMBER, int),
-    "--temperature": number(0, 2),
-    "--top-p": number(0, 1),
-    "--warmup": number(0, 1000, int),
-    "COMMAND": str,
+    "--presence-penalty": number("a number from -2 to 2", -2, 2, float),
+    "--retries": number("a whole number from 0 to 1000", 0, 1000),
+    "--seed": number("a whole number", -MAX_NUMBER, MAX_NUMBER),
+    "--temperature": number("a number from 0 to 2", 0, 2, float),
+    "--top-p": number("a number from 0 to 1", 0, 1, float),
+    "--warmup": number("a whole number from 0 to 1000", 0, 1000),
     "CONDITION": parse_condition,
-    "CONTEXT": prompt_text,
     "FILE": native_path,
     "ID": completion_id,
     "KEY": check_api_key,
-    "MS": _POSITIVE,
-    "N": _POSITIVE,
+    "MS": number("a whole number of at least 1", 1, MAX_NUMBER),
+    "N": number("a whole number of at least 1", 1, MAX_NUMBER),
     "N[,N...]": parse_loads_whole,
     "NAME": check_deployment_name,
     "NAME:VALUE": parse_header,
     "NAME=VALUE": parse_pair,
+    "ORDER": ("asc", "desc"),
     "R[,R...]": parse_rates,
-    "SECONDS": number(0.001, MAX_TIMEOUT_SECONDS),
-    "SLUG": plain_text,
-    "TEXT": prompt_text,
-    "URL": plain_text,
+    "SECONDS": number("a number from 0.001 to 1000000", 0.001, MAX_TIMEOUT_SECONDS, float),
+    "SHELL": tuple(SHELLS),
 }
-for _name, _choices in CHOICES.items():
-    TYPES[_name] = one_of(_choices)
-
-def _value_settings(name, metavar):
-    """Return how argparse reads the values of an option, or of an argument if *name* is None."""
-    settings = {"metavar": metavar.split()[0]}
-    if metavar.endswith(" ..."):
-        settings["nargs"] = "+"
-    key = name if name in TYPES else settings["metavar"]
-    settings["type"] = TYPES[key]
-    if key in CHOICES:
-        settings["choices"] = CHOICES[key]
-    return settings
 
 class TextAction(argparse.Action):
-    """An option that asks for a text in place of what a command does: --help, --version."""
+    """The action of --help and --version: print a text and do nothing else."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         raise TextRequested(self.const or parser.format_help())
 
+# Settings for argparse that the line of an option does not show.
 SPECIAL_OPTIONS = {
-    "--continue": {"action": "store_true", "dest": "continue_last"},
+    "--connect-timeout": {"default": DEFAULT_CONNECT_TIMEOUT_SECONDS},
+    "--continue": {"dest": "continue_last"},
     "--help": {"action": TextAction, "nargs": 0},
-    "--no-stream": {"action": "store_const", "const": False, "dest": "stream"},
-    "--store": {"action": "store_const", "const": True},
-    "--stream": {"action": "store_const", "const": True},
+    "--no-stream": {"action": "store_false", "dest": "stream"},
+    "--timeout": {"default": DEFAULT_TIMEOUT_SECONDS},
     "--version": {"action": TextAction, "nargs": 0, "const": f"xeroctl {__version__}\n"},
+    "batch --concurrency": {"default": 8},
+    "bench --endpoint": {"dest": "endpoints"},
+    "bench --seed": {"default": 0},
+    "bench --warmup": {"default": 1},
 }
 
-ARGUMENT_DESTS = {"COMMAND": "topic", "CONTEXT": "name", "FILE": "file", "ID": "id", "NAME": "name",
-                  "SHELL": "shell"}
-
-# What argparse says, and what we say in its place: it has no other way to choose the words.
-ARGPARSE_ERRORS = (
-    (r"argument (?:\S+/)?(\S+): expected .*", r"\1 needs a value"),
-    (r"argument (?:\S+/)?(\S+): ignored explicit argument .*", r"\1 takes no value"),
-    (r"the following arguments are required: (.*)", r"\1 is missing"),
-    (r"argument (?:\S+/)?(\S+): (.*)", r"\1 \2"),
-)
+# Each row: the usage, the summary, the function, the options.  A word in capital letters at the end
+# of the usage, alone or after two blanks, is a positional argument.
+COMMANDS = {
+    "": (
+        "COMMAND", "chat with Xerotier endpoints and OpenAI-compatible servers", None,
+        GLOBAL_OPTIONS + """
+Examples
+  xeroctl chat --demo --stream -m Hello
+  xeroctl config init
+  xeroctl help chat
+"""),
+    "chat": (
+        "-e SLUG | --demo  [-m TEXT] [-i]", "send a message to an endpoint and print the answer",
+        run_chat, CHAT_OPTIONS + SYSTEM_OPTIONS + SAMPLING_OPTIONS + ASKING_OPTIONS),
+    "batch": (
+        "-e SLUG | --demo  [FILE]", "ask many questions: JSON lines in, JSON lines out",
+        run_batch, BATCH_OPTIONS + SYSTEM_OPTIONS + SAMPLING_OPTIONS + ASKING_OPTIONS),
+    "bench": (
+        "-e SLUG | --demo | --report FILE ...", "measure endpoints: time to first token, tokens/s",
+        run_bench, BENCH_OPTIONS + MODEL_OPTIONS + COMMON_OPTIONS),
+    "models": ("", "list the models behind an endpoint", run_models, ASKING_OPTIONS),
+    "completions": (
+        "[COMMAND]", "list and change the completions that --store keeps", run_completions_list,
+        FILTER_OPTIONS + ASKING_OPTIONS + "Examples\n  xeroctl completions --demo\n"),
+    "completions list": (
+        "", "list stored completions; this is the default", run_completions_list,
+        FILTER_OPTIONS + ASKING_OPTIONS),
+    "completions get": (
+        "ID", "show the answer of a completion", run_completions_get, ASKING_OPTIONS),
+    "completions messages": (
+        "ID", "show the conversation of a completion", run_completions_messages, ASKING_OPTIONS),
+    "completions update": (
+        "ID", "change the tags of a completion", run_completions_update, ASKING_OPTIONS
+        + "Results\n  --metadata NAME=VALUE      tag of the new set; repeatable\n"),
+    "completions delete": (
+        "ID ...", "delete completions", run_completions_delete,
+        ASKING_OPTIONS + "Results\n  --yes                      do not ask\n"),
+    "status": ("", "check settings, connection, key and an answer", run_status, ASKING_OPTIONS),
+    "config": (
+        "[COMMAND]", "list and change the deployments in the config file", run_config_list,
+        GLOBAL_OPTIONS),
+    "config list": (
+        "", "list the deployments; this is the default", run_config_list, GLOBAL_OPTIONS),
+    "config init": (
+        "", "ask for a deployment, try it and add it", run_config_init,
+        ENDPOINT_OPTION + GLOBAL_OPTIONS),
+    "config add": (
+        "NAME", "add a deployment; --api-key - reads the key", run_config_add, ENDPOINT_OPTION
+        + GLOBAL_OPTIONS + "Examples\n  xeroctl config add prod --api-key - --base-url URL\n"),
+    "config set": (
+        "CONTEXT", "change a deployment; an empty value removes", run_config_set, ENDPOINT_OPTION
+        + GLOBAL_OPTIONS + "Examples\n  xeroctl config set prod --endpoint my-endpoint\n"),
+    "config use": ("CONTEXT", "make a deployment the current one", run_config_use, GLOBAL_OPTIONS),
+    "config show": (
+        "[CONTEXT]", "show a deployment, by default the chosen one", run_config_show,
+        GLOBAL_OPTIONS),
+    "config remove": ("CONTEXT", "remove a deployment", run_config_remove, GLOBAL_OPTIONS),
+    "config path": ("", "print where the config file is", run_config_path, GLOBAL_OPTIONS),
+    "completion": (
+        "SHELL", "print a script that completes commands", run_completion,
+        GLOBAL_OPTIONS + 'Examples\n  eval "$(xeroctl completion bash)"\n'),
+    "help": ("[COMMAND ...]", "show the help of a command", None, GLOBAL_OPTIONS),
+}
 
 class Parser(argparse.ArgumentParser):
-    """A parser of one command, which reports a wrong command line as a UsageError.
+    """The parser of one command; a wrong command line is a UsageError."""
 
-    It is set up when it is first used: a command line needs the options of one command.  All
-    parsers fill one namespace, and the last one sets `parser` and `run` there.
-    """
-
-    def __init__(self, run, summary, options, arguments="", usage=None, examples=(), commands=(),
-                 defaults=None, dests=None, ignored_word=None, **settings):
-        self.run = run
-        self.summary = summary
-        self.names = {}      # of options -> their actions
-        self.arguments = []  # actions that no option starts
-        self.commands = {}   # name -> Parser
-        self._options = options      # lines of the help
-        self._arguments = arguments  # as the usage line shows them
-        self._usage = usage
-        self._examples = examples
-        self._commands = commands
-        self._own_defaults = defaults or {}
-        self._dests = dests or {}  # names of options that have another dest than their name
-        self._ignored_word = ignored_word  # may stand first
-        self._settings = settings  # for argparse
-        self._rows = {}  # title -> lines of the help
-        self._group = None
-        self._words = []
-        self._namespace = None
-
-    def with_options(self):
-        """Return the parser with its options and commands."""
-        if self._group:
-            return self
-        super().__init__(add_help=False, **self._settings)
+    def __init__(self, name):
+        super().__init__(prog=f"xeroctl {name}".strip(), add_help=False)
+        self.name = name
+        self._usage, self._summary, self.run, text = COMMANDS[name]
+        self.options = {}     # name -> action of argparse
+        self.argument = None  # action of the positional argument
+        self.commands = {}    # word -> summary of the command below
+        self._rows = {title: [] for title in TITLES}  # lines of the help
+        # Through a group of argparse: the parser itself tries out each help, slow on Python 3.14.
         self._group = self.add_argument_group()
-        for line in self._options.split("\n"):
-            row = re.match(r"  (\S+(?: \S+)*)  +(.*)", line)
-            if row:
-                self._rows[title].append(line)
-                self._add_row(*row.groups())
+        for line in text.split("\n"):
+            if line.startswith(" "):
+                rows.append(line)
+                self._add_options(line)
             elif line:
-                title = line
-                self._rows.setdefault(title, [])
-        if self._arguments:
-            self._add_argument(self._arguments)
-        if self._commands:
-            dest = "verb" if " " in self.prog else "command"
-            subparsers = self.add_subparsers(dest=dest, metavar="COMMAND", prog=self.prog)
-            for name, run, summary, options, special in self._commands:
-                self.commands[name] = subparsers.add_parser(
-                    name, run=run, summary=summary, options=options, **special)
-        return self
+                rows = self._rows[line]
+        for other, (_, summary, _, _) in COMMANDS.items():
+            above, _, word = other.rpartition(" ")
+            if above == name and word:
+                self.commands[word] = summary
+        argument = re.search(r"(?:^|  )(\[?([A-Z]+)(?: \.\.\.)?\]?)$", self._usage)
+        if argument and not self.commands:
+            value, metavar = argument.groups()
+            dest = {"COMMAND": "topic", "CONTEXT": "name"}.get(metavar, metavar.lower())
+            self.argument = self._add([dest], value, None)
 
-    def _add_row(self, names, summary):
-        """Add the options of one line of the help."""
+    def _add_options(self, line):
+        """Add the options of one line of the help; a line of the examples has none."""
+        row = re.match(r"  (-\S+(?: \S+)*)  +(.*)", line)
+        if not row:
+            return
+        names, summary = row.groups()
         strings = []
         for piece in names.split(", "):
-            name, _, metavar = piece.partition(" ")
+            name, _, value = piece.partition(" ")
             strings.append(name)
             if name.startswith("--"):
-                self._add_option(strings, metavar, summary)
+                self.options.update(dict.fromkeys(strings, self._add(strings, value, summary)))
                 strings = []
 
-    def _add_option(self, strings, metavar, summary):
+    def _add(self, strings, value, summary):
+        """Return the new action for an option or an argument; *value* is a metavar, or empty."""
         name = strings[-1]
-        settings = {"dest": name[2:].replace("-", "_"), "help": summary, "action": "store_true"}
-        if metavar:
-            settings["action"] = "append" if "repeatable" in summary else "store"
-            settings.update(_value_settings(name, metavar))
+        settings = {"help": summary, "default": None}
+        if value:
+            metavar, _, several = re.sub(r"^\[(.*)\]$", r"\1", value).partition(" ")
+            settings["metavar"] = metavar
+            settings["type"] = TYPES.get(name) or TYPES.get(metavar, utf8_text)
+            if isinstance(settings["type"], tuple):
+                settings["choices"] = settings["type"]
+                settings["type"] = one_of(settings["choices"])
+            if several:
+                settings["nargs"] = "+"
+            if value.startswith("["):
+                settings["nargs"] = "*" if several else "?"
+            if "repeatable" in (summary or ""):
+                settings.update(action="append", default=[])
+        else:
+            settings["action"] = "store_true"
         settings.update(SPECIAL_OPTIONS.get(name, {}))
-        if name in self._dests:
-            settings["dest"] = self._dests[name]
-        # Through a group of argparse: the parser itself tries out each help, slow on Python 3.14.
-        action = self._group.add_argument(*strings, **settings)
-        self.names.update(dict.fromkeys(strings, action))
+        settings.update(SPECIAL_OPTIONS.get(f"{self.name} {name}", {}))
+        return self._group.add_argument(*strings, **settings)
 
-    def _add_argument(self, text):
-        settings = _value_settings(None, text.strip("[]"))
-        if text.startswith("["):
-            settings["nargs"] = "*" if "nargs" in settings else "?"
-        dest = ARGUMENT_DESTS[settings["metavar"]]
-        self.arguments.append(self._group.add_argument(dest, **settings))
-
-    def parse_known_args(self, args=None, namespace=None):
-        """Parse into the namespace of the parser above, if there is one."""
-        self.with_options()
-        if namespace is None:
-            namespace = self._namespace or argparse.Namespace()
-        vars(namespace).update(self._own_defaults, parser=self, run=self.run)
-        for below in self.commands.values():
-            below._namespace = namespace
-        if self._ignored_word and args[:1] == [self._ignored_word]:
-            args = args[1:]
-        self._words = args
-        return super().parse_known_args(args, namespace)
+    def read_option(self, word):
+        """Return the last option in *word*, or None, and whether the next word is its value."""
+        name, equals, _ = word.partition("=")
+        option = self.options.get(name) or self.options.get(word[:2])
+        if option is None:
+            return None, False
+        if name in option.option_strings:
+            return option, option.nargs != 0 and not equals
+        if option.nargs == 0:
+            return self.read_option("-" + word[2:])  # -qo
+        return option, False  # -ojson
 
     def _get_option_tuples(self, option_string):
         # This forbids abbreviations.  Before Python 3.8, allow_abbrev=False forbids -qv too.
@@ -9887,223 +9390,155 @@ class Parser(argparse.ArgumentParser):
         return super()._get_option_tuples(option_string)
 
     def error(self, message):
-        """Raise the UsageError for what argparse found wrong."""
-        wrong_command = re.match(r"(?s)argument COMMAND: invalid choice: .(.*). \(choose", message)
-        if wrong_command:
-            self._raise_wrong_command(wrong_command.group(1))
-        for pattern, words in ARGPARSE_ERRORS:
-            match = re.match(pattern, message, re.DOTALL)
-            if match:
-                raise UsageError(match.expand(words))
-        raise UsageError(message + self._hint(None))
+        """Raise the UsageError for what argparse found wrong, in our words."""
+        name, _, problem = re.sub(r"^argument (\S+/)?", "", message).partition(": ")
+        if name.startswith("the following arguments"):
+            name, problem = problem, "is missing"
+        elif problem.startswith("expected"):
+            problem = "needs a value"
+        elif problem.startswith("ignored explicit"):
+            problem = "takes no value"
+        raise UsageError(f"{name} {problem}")
 
-    def check_unknown(self, words):
-        """Raise a UsageError if there are *words* that the parser did not know."""
-        for word in words:
+    def refuse(self, words):
+        """Raise the UsageError for an unknown option in *words*, else for the last of them."""
+        for word in filter(_is_option, words):
             name = word.partition("=")[0]  # what follows may be a key
-            if len(name) > 1 and name.startswith("-"):
-                raise UsageError(self._unknown_option(name))
-        for word in words:
-            advice = self._hint(None)
-            if "--message" in self.names:
-                advice = ": a message goes behind -m, in quotes"
-            raise UsageError(f"{self.prog} takes no further word{_quoted(' like ', word)}{advice}")
-
-    def _raise_wrong_command(self, word):
-        # The word may be the value of an option in front of it that is wrong: even a key.
-        for other in itertools.takewhile(word.__ne__, self._words):
-            is_known = other.partition("=")[0] in self.names or other[:2] in self.names
-            if other.startswith("-") and not is_known:
-                self.check_unknown([other])
+            if not self.read_option(word)[0]:
+                near = _nearest(name, self.options)
+                if near:
+                    raise UsageError(f"{self.prog} has no option {name}: did you mean {near}?")
+                if not name.startswith("--"):
+                    name = name[:2]
+                raise UsageError(f"{self.prog} has no option {name}: see {self.prog} --help")
+        word = words[-1]
         near = _nearest(word, self.commands)
-        shown = f" {word}" if near else _quoted(" ", word)
-        raise UsageError(f"{self.prog} has no command{shown}{self._hint(near)}")
-
-    def _unknown_option(self, name):
-        if name in self.names:
-            return f"{name} goes behind the command: {self.prog} {name}"
-        for below in self.commands.values():
-            if name in below.with_options().names:
-                return f"{name} goes behind the command: {below.prog} {name}"
-        near = _nearest(name, self.names)
-        if not near and not name.startswith("--"):
-            name = name[:2]
-        return f"{self.prog} has no option {name}{self._hint(near)}"
-
-    def _hint(self, near):
         if near:
-            return f": did you mean {near}?"
-        return f": see {self.prog} --help"
-
-    def format_help(self):
-        """Return the help: usage, options in groups, examples; 80 columns at most."""
-        self.with_options()
-        lines = [self.usage_line(), "", self.summary[0].upper() + self.summary[1:] + "."]
-        lines.extend(self.command_lines())
-        for title in TITLES:
-            if title in self._rows:
-                lines.extend(["", title, *self._rows[title]])
-        if self._examples:
-            lines.extend(["", "Examples"])
-            lines.extend("  " + example for example in self._examples)
-        lines.extend(["", "Exit statuses, files and all else: man xeroctl"])
-        return "\n".join(lines) + "\n"
+            raise UsageError(f"{self.prog} has no command {word}: did you mean {near}?")
+        if "--message" in self.options:
+            advice = "a message goes behind -m, in quotes"
+        else:
+            advice = f"see {self.prog} --help"
+        if self.commands:
+            problem = "has no such command" + _quoted(": ", word)
+        else:
+            problem = "takes no further word" + _quoted(" like ", word)
+        raise UsageError(f"{self.prog} {problem}: {advice}")
 
     def usage_line(self):
         """Return the line of the help that shows how the command is written."""
-        words = self._usage or " ".join([self._arguments, "[options]"])
-        if self.commands:
-            words = "[COMMAND] [options]" if self.run else "COMMAND [options]"
-        return f"usage: {self.prog} {words.strip()}"
+        return f"usage: {self.prog} {self._usage}".rstrip() + " [options]"
 
     def command_lines(self):
-        """Return the lines of the help that list the commands."""
-        if not self.commands:
-            return []
-        lines = ["", "Commands"]
-        for name, below in self.commands.items():
-            lines.append(f"  {name:<{HELP_COLUMN - 4}}  {below.summary}")
+        """Return the lines of the help that list the commands below."""
+        lines = [f"  {word:<25}  {summary}" for word, summary in self.commands.items()]
+        if lines:
+            lines[:0] = ["", "Commands"]
         return lines
 
-def run_help(options, console):
-    """Print the help of a command."""
-    options.top.parse_known_args(options.topic + ["--help"])
+    def format_help(self):
+        """Return the help: usage, options in groups, examples; 80 columns at most."""
+        lines = [self.usage_line(), "", self._summary[0].upper() + self._summary[1:] + "."]
+        lines += self.command_lines()
+        for title, rows in self._rows.items():
+            if rows:
+                lines += ["", title, *rows]
+        lines += ["", "Exit statuses, files and all else: man xeroctl"]
+        return "\n".join(lines) + "\n"
 
-# The name, the function, the summary and the options of each command, and what else is special.
-COMPLETIONS_COMMANDS = (
-    ("list", run_completions_list, "list stored completions; this is the default",
-     FILTER_OPTIONS + ASKING_OPTIONS, {"dests": {"--metadata": "tags"}}),
-    ("get", run_completions_get, "show the answer of a completion",
-     ASKING_OPTIONS, {"arguments": "ID"}),
-    ("messages", run_completions_messages, "show the conversation of a completion",
-     ASKING_OPTIONS, {"arguments": "ID"}),
-    ("update", run_completions_update, "change the tags of a completion",
-     UPDATE_OPTIONS + ASKING_OPTIONS, {"arguments": "ID"}),
-    ("delete", run_completions_delete, "delete completions",
-     DELETE_OPTIONS + ASKING_OPTIONS, {"arguments": "ID ..."}),
-)
-CONFIG_COMMANDS = (
-    ("list", run_config_list, "list the deployments; this is the default", GLOBAL_OPTIONS, {}),
-    ("init", run_config_init, "ask for a deployment, try it and add it",
-     ENDPOINT_OPTION + GLOBAL_OPTIONS, {}),
-    ("add", run_config_add, "add a deployment; --api-key - reads the key",
-     ENDPOINT_OPTION + GLOBAL_OPTIONS,
-     {"arguments": "NAME",
-      "examples": ("xeroctl config add prod --api-key - --base-url URL",)}),
-    ("set", run_config_set, "change a deployment; an empty value removes",
-     ENDPOINT_OPTION + GLOBAL_OPTIONS,
-     {"arguments": "CONTEXT",
-      "examples": ("xeroctl config set prod --endpoint my-endpoint",)}),
-    ("use", run_config_use, "make a deployment the current one",
-     GLOBAL_OPTIONS, {"arguments": "CONTEXT"}),
-    ("show", run_config_show, "show a deployment, by default the chosen one",
-     GLOBAL_OPTIONS, {"arguments": "[CONTEXT]"}),
-    ("remove", run_config_remove, "remove a deployment",
-     GLOBAL_OPTIONS, {"arguments": "CONTEXT"}),
-    ("path", run_config_path, "print where the config file is", GLOBAL_OPTIONS, {}),
-)
-COMMANDS = (
-    ("chat", run_chat, "send a message to an endpoint and print the answer",
-     CHAT_OPTIONS + SYSTEM_OPTIONS + SAMPLING_OPTIONS + ASKING_OPTIONS,
-     {"usage": "-e SLUG | --demo  [-m TEXT] [-i] [options]", "ignored_word": "send",
-      "examples": ('xeroctl chat -e my-endpoint --stream -m "What is 2+2?"',
-                   'tail app.log | xeroctl chat -e my-endpoint -a - -m "What failed?"',
-                   'xeroctl chat -e my-endpoint -i --system "Keep it short."')}),
-    ("batch", run_batch, "ask many questions: JSON lines in, JSON lines out",
-     BATCH_OPTIONS + SYSTEM_OPTIONS + SAMPLING_OPTIONS + ASKING_OPTIONS,
-     {"arguments": "[FILE]", "usage": "-e SLUG | --demo  [options] [FILE]",
-      "defaults": {"concurrency": 8},
-      "examples": ("xeroctl batch -e my-endpoint questions.txt > answers.jsonl",
-                   "xeroctl batch -e my-endpoint --results answers.jsonl requests.jsonl",
-                   "xeroctl batch --demo -o text < questions.txt")}),
-    ("bench", run_bench, "measure endpoints: time to first token, tokens/s",
-     BENCH_OPTIONS + MODEL_OPTIONS + COMMON_OPTIONS,
-     {"usage": "-e SLUG | --demo | --report FILE ...  [options]",
-      "dests": {"--endpoint": "endpoints"},
-      "defaults": {"endpoints": [], "fail_if": [], "warmup": 1, "seed": 0},
-      "examples": ("xeroctl bench -e blue -e green --concurrency 1,4,16",
-                   "xeroctl bench -e blue --rate 5 --duration 60 --save blue.jsonl",
-                   "xeroctl bench --report blue.jsonl")}),
-    ("models", run_models, "list the models behind an endpoint", ASKING_OPTIONS, {}),
-    ("completions", run_completions_list, "list and change the completions that --store keeps",
-     FILTER_OPTIONS + ASKING_OPTIONS,
-     {"commands": COMPLETIONS_COMMANDS, "dests": {"--metadata": "tags"},
-      "examples": ("xeroctl completions --demo",)}),
-    ("status", run_status, "check settings, connection, key and an answer", ASKING_OPTIONS, {}),
-    ("config", run_config_list, "list and change the deployments in the config file",
-     GLOBAL_OPTIONS, {"commands": CONFIG_COMMANDS}),
-    ("completion", run_completion, "print a script that completes commands",
-     GLOBAL_OPTIONS,
-     {"arguments": "SHELL", "examples": ('eval "$(xeroctl completion bash)"',)}),
-    ("help", run_help, "show the help of a command",
-     GLOBAL_OPTIONS, {"arguments": "[COMMAND ...]"}),
-)
-HIDDEN_COMMANDS = ("__complete", "__describe")
+@functools.lru_cache(maxsize=None)
+def build_parser(name=""):
+    """Return the parser of the command *name*, such as "config add"; of the whole tool for ""."""
+    return Parser(name)
 
-# A command finds every option in its namespace; its own defaults come on top.
-UNSET_OPTIONS = (
-    "base_url api_key context output cacert retries endpoint message stream system from_file model "
-    "max_tokens temperature top_p frequency_penalty presence_penalty seed schema schema_name "
-    "slo_ttft slo_tpot store conversation limit after order").split()
-FALSE_OPTIONS = (
-    "dry_run quiet verbose demo interactive extract show_usage show_reasoning plain continue_last "
-    "no_history yes").split()
-LIST_OPTIONS = "header attach param metadata tags more_tags".split()
+def enter_command(name, parser, words):
+    """Return the parser of the command *name*, found behind *words* of the command of *parser*.
 
-def build_parser():
-    """Return the parser of the whole command line."""
-    parser = Parser(
-        None, "chat with Xerotier endpoints and OpenAI-compatible servers", GLOBAL_OPTIONS,
-        prog="xeroctl", commands=COMMANDS,
-        examples=("xeroctl chat --demo --stream -m Hello", "xeroctl config init",
-                  "xeroctl help chat")).with_options()
-    parser.set_defaults(
-        top=parser, command=None, connect_timeout=DEFAULT_CONNECT_TIMEOUT_SECONDS,
-        timeout=DEFAULT_TIMEOUT_SECONDS, **dict.fromkeys(UNSET_OPTIONS))
-    parser.set_defaults(**dict.fromkeys(FALSE_OPTIONS, False))
-    parser.set_defaults(**dict.fromkeys(LIST_OPTIONS, []))
-    return parser
+    Raise UsageError for an option in *words* that does not mean the same behind the command.
+    """
+    below = build_parser(name)
+    for word in filter(_is_option, words):
+        option = below.read_option(word)[0]
+        if not option:
+            below.refuse([word])
+        above = parser.read_option(word)[0]
+        if not above or above.help != option.help:
+            word = word.partition("=")[0]
+            raise UsageError(f"{word} goes behind the command: {below.prog} {word}")
+    return below
+
+def find_command(words):
+    """Return the parser of the command in *words*, the other words, and an option that waits.
+
+    That is the option whose value would be the next word, or None.
+    """
+    parser, others, waiting = build_parser(), [], None
+    for word in words:
+        name = f"{parser.name} {word}".lstrip()
+        if _is_option(word):
+            known = build_parser(parser.name or "chat")  # even in front of the command
+            option, takes_next = known.read_option(word)
+            waiting = option if takes_next else None
+        elif waiting:
+            if waiting.nargs != "+":
+                waiting = None
+        elif word and name in COMMANDS:
+            parser = enter_command(name, parser, others)
+            continue
+        elif name == "chat send":  # another client's spelling
+            continue
+        elif parser.commands:
+            parser.refuse(others + [word])
+        others.append(word)
+    return parser, others, waiting
 
 # What the process does
 
+def parse_arguments(arguments):
+    """Return the options of a command line; raise UsageError or TextRequested."""
+    parser, words, _ = find_command(arguments)
+    own, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.refuse(unknown)
+    options = build_parser("chat").parse_args([])  # commands share functions with chat
+    vars(options).update(vars(own))
+    if parser.name == "help":
+        raise TextRequested(find_command(options.topic)[0].format_help())
+    if not parser.name:
+        raise UsageError("no command: see xeroctl --help")
+    for name in ("base_url", "endpoint", "context", "model"):
+        if getattr(options, name) == "" and parser.name != "config set":
+            raise UsageError(f"--{name.replace('_', '-')} must not be empty")
+    options.command = parser.name.partition(" ")[0]
+    options.run = parser.run
+    options.verb, options.tags, options.more_tags = None, options.metadata, []
+    return options
+
 def print_candidates(command, words, console):
     """Print what can stand in place of the last of *words*, a line each."""
-    contexts = []
+    *before, word = words or [""]
     with contextlib.suppress(UsageError):
-        contexts = [name for name in read_config().deployments if one_line(name) == name]
-    for word, meaning in find_candidates(build_parser(), words or [""], contexts):
-        if command == "__describe":
-            console.write(f"{word}\t{meaning}\n")
-        elif word != FILES_ROW:
-            console.write(word + "\n")
+        parser, _, waiting = find_command(before)
+        for candidate, meaning in find_candidates(parser, waiting, word):
+            if command == "__describe":
+                console.write(f"{candidate}\t{meaning}\n")
+            elif candidate != FILES_ROW:
+                console.write(candidate + "\n")
 
 def asks_for_json(arguments):
     """Return whether a command line that cannot be parsed asks for JSON."""
     form = r"(?:^|\0)(?:-[qvi]*o[\0=]?|--output[\0=])json(?:\0|$)"
     return re.search(form, "\0".join(arguments)) is not None
 
-def parse_arguments(arguments):
-    """Return the options of a command line; raise UsageError or TextRequested."""
-    options, unknown = build_parser().parse_known_args(arguments)
-    retries = [word for word in unknown if word.partition("=")[0] == "--retries"]
-    if options.command == "bench" and (retries or options.retries is not None):
-        raise UsageError("--retries is not for bench: it tries nothing again")
-    options.parser.check_unknown(unknown)
-    if not options.run:
-        raise UsageError("no command: see xeroctl --help")
-    for name in ("base_url", "endpoint", "context", "model"):
-        if getattr(options, name) == "" and options.run is not run_config_set:
-            raise UsageError(f"--{name.replace('_', '-')} must not be empty")
-    return options
-
 def run(arguments, console):
     """Run the command that *arguments* name; return the exit status."""
     if not arguments:
         parser = build_parser()
-        for line in [parser.usage_line(), *parser.command_lines(), "", BRIEF_HELP_END]:
+        for line in [parser.usage_line(), *parser.command_lines(), ""]:
             console.print_line(line)
+        console.print_line("Try: xeroctl chat --demo -m Hello; xeroctl help COMMAND tells more.")
         return EXIT_USAGE
-    if arguments[0] in HIDDEN_COMMANDS:
+    if arguments[0] in ("__complete", "__describe"):
         print_candidates(arguments[0], arguments[1:], console)
         return EXIT_OK
     console.json = asks_for_json(arguments)
@@ -10133,12 +9568,14 @@ def main(argv=None):
         with waiter.watch_signals():
             console = Console(sys.stdin, sys.stdout, sys.stderr, os.environ, waiter)
             try:
-                return run(argv, console)
+                status = run(argv, console)
             except XeroctlError as error:
                 console.print_error(error)
-                return error.exit_status
+                status = error.exit_status
             finally:
                 console.stop_spinner()
+            waiter.check()  # a signal that came too late to stop anything still ends a shell's loop
+            return status
     except BrokenPipeError:
         return EXIT_CLOSED_STDOUT
     except KeyboardInterrupt:

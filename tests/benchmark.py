@@ -25,8 +25,9 @@ import threading
 import time
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-XEROCTL = os.path.join(TOP, "xeroctl.py")
+XEROCTL = os.environ.get("XEROCTL_FILE") or os.path.join(TOP, "xeroctl.py")
 STREAMS = (1000, 100000)
+TEXTS, AT_ONCE, TEXT_SECONDS = 200, 8, 0.02
 TOKENS, TOKEN_SECONDS = 200, 0.005
 CHAT = "/v1/chat/completions"
 
@@ -43,10 +44,16 @@ request = urllib.request.Request(options.base + "/chat/completions", json.dumps(
 with urllib.request.urlopen(request) as response:
     if not options.stream:
         print(json.load(response)["choices"][0]["message"]["content"])
-    for line in response:
-        if line.startswith(b"data: ") and line != b"data: [DONE]\\n":
-            for choice in json.loads(line[6:])["choices"]:
-                print(choice["delta"].get("content") or "", end="", flush=True)
+    rest = b""
+    while options.stream:
+        data = response.read1(65536)
+        if not data:
+            break
+        *lines, rest = (rest + data).split(b"\\n")
+        texts = [choice["delta"].get("content") or "" for line in lines
+                 if line.startswith(b"data: ") and line != b"data: [DONE]"
+                 for choice in json.loads(line[6:])["choices"]]
+        print("".join(texts), end="", flush=True)
 """
 INSTALLED = """\
 import sys
@@ -87,6 +94,7 @@ def answers():
     }).encode()
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
     built = {"single": head % len(whole) + whole,
+             "texts": (head % len(whole) + whole).replace(b"Connection: close\r\n", b""),
              "single, streamed": STREAM_HEAD + chunk("Hello! " * 30) + STREAM_END}  # for peers that only stream
     for count in STREAMS:
         body = b"".join(chunk("word%d " % (number % 1000)) for number in range(count))
@@ -105,17 +113,30 @@ def send_clock(connection):
     connection.sendall(STREAM_END)
 
 
-def serve_one(connection, built):
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def read_request(connection):
+    """Return the head and the body of a request, or raise OSError at the end of the connection."""
     received = b""
     while b"\r\n\r\n" not in received:
-        received += connection.recv(65536)
+        data = connection.recv(65536)
+        if not data:
+            raise ConnectionResetError
+        received += data
     head, _, body = received.partition(b"\r\n\r\n")
     length = [line.split(b":")[1] for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")]
     while len(body) < int(length[0]):
         body += connection.recv(65536)
-    name = head.split(b"/")[1].decode()
+    return head, body
+
+
+def serve_one(connection, built):
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
+        head, body = read_request(connection)
+        name = head.split(b"/")[1].decode()
+        while name == "texts":  # as a model's server: some time for each, on a connection that stays open
+            time.sleep(TEXT_SECONDS)
+            connection.sendall(built[name])
+            read_request(connection)
         if name == "clock":
             send_clock(connection)
         else:
@@ -236,6 +257,15 @@ def sides(options, folder, base):
         texts = {"json, " + side: argv for side, argv in chat(name, "--stream", "-o", "json").items()}
         yield "%d chunks" % count, measure_process, dict(
             {"floor": [python, floor, base % name, "hi", "--stream"]}, **chat(name, "--stream"), **texts)
+    texts = os.path.join(folder, "texts")
+    with open(texts, "w") as file:
+        file.writelines("text number %d\n" % number for number in range(TEXTS))
+    at_once = ["xargs", "-a", texts, "-d", "\\n", "-P", str(AT_ONCE), "-I", "{}"]
+    each = {"xargs, " + side: at_once + ["{}" if word == "hi" else word for word in argv]
+            for side, argv in dict(chat("texts"), **dict(peers("texts"))).items() if side != "copied"}
+    together = ours("batch", "-q", "--endpoint", "m", "--base-url", base % "texts" + "/chat/completions",
+                    "--concurrency", str(AT_ONCE), texts)
+    yield "%d texts" % TEXTS, measure_process, dict(together, **each)
     yield "a token every 5 ms", measure_delay, dict(
         {"floor": [python, floor, base % "clock", "hi", "--stream"]}, **chat("clock", "--stream"),
         **{side: argv for side, argv in peers("clock") if side == "curl"})
@@ -281,7 +311,8 @@ def main():
             print("| row | side | figure | median | range | ratio |\n| --- | --- | --- | --- | --- | --- |")
             for row, measure, argvs in sides(options, folder, base):
                 if options.rows in row:
-                    table(row, measure, argvs, options.runs, env)
+                    rounds = min(options.runs, 3) if "texts" in row else options.runs  # 8 s each by xargs
+                    table(row, measure, argvs, rounds, env)
         finally:
             server.kill()
             server.wait()

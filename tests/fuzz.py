@@ -84,30 +84,57 @@ def pieces(rng, data):
 # -- The slow, simple reading ----------------------------------------
 
 
-def strict(text):
-    """Return the number *text*, unless JSON has no such number."""
-    if float(text) not in (float("inf"), float("-inf")) and float(text) == float(text):
-        return float(text)
-    raise ValueError(text)
-
-
 def events_of(data):
-    """Return the (name, data) pairs of a stream, by the letter of the standard."""
+    """Return the (name, data) pairs of a stream, by the letter of the standard.
+
+    Lines of a block that are no field make an event without a name; so do those at the end.
+    """
     text = data.decode("utf-8", "replace")  # the whole, as the standard says: no line end is part of a character
     lines = SEPARATOR.split(text[1:] if text.startswith("\ufeff") else text)
-    found, name, values = [], "", []
-    for line in lines[:-1]:
-        key, _, value = line.partition(":")
+    found, name, values, strays = [], "", [], []
+    for line in [*lines[:-1], *([lines[-1], None] if lines[-1] else [None])]:
+        key, _, value = (line or "").partition(":")
         value = value[1:] if value[:1] == " " else value
+        if not line and strays:
+            found.append(("", "\n".join(strays)))
         if line == "" and values:
             found.append((name or "message", "\n".join(values)))
-        if line == "":
-            name, values = "", []
+        if not line:
+            name, values, strays = "", [], []
         elif key == "event":
             name = value
         elif key == "data":
             values.append(value)
+        elif key not in ("id", "retry", ""):
+            strays.append(line)
     return found
+
+
+def number(text):
+    return float(text) if abs(float(text)) != float("inf") else None
+
+
+def parsed(text):
+    """Return the JSON document *text*; None where it is none, or nested too deeply."""
+    try:
+        return [json.loads(text, parse_float=number)]
+    except (ValueError, RecursionError):
+        return None
+
+
+def bare_documents(text):
+    """Return the JSON documents at the beginning of *text*, and what follows them."""
+    found = []
+    while text[:1] in ("{", "["):
+        for end in [at + 1 for at in range(len(text)) if text[at] in "}]"]:
+            one = parsed(text[:end])
+            if one:
+                found += one
+                text = text[end:].strip()
+                break
+        else:
+            break
+    return found, text
 
 
 def content_of(message):
@@ -119,8 +146,8 @@ def content_of(message):
     return content if isinstance(content, str) else ""
 
 
-def is_number_zero(value):
-    return value is None or isinstance(value, (int, float)) and value == 0
+FAILED = re.compile("(?is)(error|abort|cancel|timeout|failed|insufficient_system_resource|.*_error)")
+SAYS_ERROR = ("detail", "message", "msg", "errormessage", "errormsg", "errmsg", "errordescription", "statusmsg", "faultstring")
 
 
 def is_failure(document):
@@ -128,12 +155,51 @@ def is_failure(document):
     if not isinstance(document, dict) or document.get("error"):
         return True
     choices = document.get("choices")
-    for choice in choices if isinstance(choices, list) else ():
-        if isinstance(choice, dict) and (choice.get("error") or choice.get("finish_reason") == "error"):
-            return True
-    if "choices" in document:
-        return False
-    return document.get("object") == "error" or bool(document.get("detail")) or isinstance(document.get("message"), str)
+    if choices:
+        return isinstance(choices, list) and any(isinstance(choice, dict) and choice.get("error") for choice in choices)
+    names = {re.sub("[^a-z]", "", name.lower()): value for name, value in document.items()}
+    if document.get("object") == "error" or document.get("success") is False:
+        return True
+    if names.get("detail") or names.get("errors") or names.get("fault"):
+        return True
+    return any(isinstance(names.get(name), str) and names[name] for name in SAYS_ERROR)
+
+
+class Answer:
+    """What the documents of a stream add up to: the text of one choice, and its reason."""
+
+    def __init__(self):
+        self.text, self.reason, self.index, self.held, self.whole = "", None, None, [], False
+
+    def add(self, document):
+        choices = document.get("choices")
+        choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+        wanted = 0 if self.index is None else self.index
+        ours = [choice for choice in choices if (choice.get("index") or 0) == wanted]
+        if ours:
+            self.index, self.held = wanted, []
+            self.take(ours[0])
+        elif choices and self.index is None:
+            self.held.append(choices[0])
+            if len(self.held) > 4:
+                self.end()
+
+    def end(self):
+        for choice in self.held:
+            if self.index in (None, choice["index"]):
+                self.index = choice["index"]
+                self.take(choice)
+        self.held = []
+
+    def take(self, choice):
+        delta, message, reason = choice.get("delta"), choice.get("message"), choice.get("finish_reason")
+        text = content_of(delta)
+        if not text and message:
+            self.whole = self.whole or delta is None
+            text = content_of(message)
+            text = text[len(self.text):] if text.startswith(self.text) else ""
+        self.text += text
+        self.reason = reason if isinstance(reason, str) and reason else self.reason
 
 
 def reading(data):
@@ -141,31 +207,33 @@ def reading(data):
 
     It is whole with [DONE] or a finish reason, and without a failure.
     """
-    text, reason = "", None
+    answer = Answer()
+    done = failed = False
     for name, value in events_of(data):
-        if name == "message" and value.strip() == "[DONE]":
-            return joined(text), True
-        if name == "error":
-            return joined(text), False
-        if name == "message" and value.strip():
-            try:
-                document = json.loads(value, parse_float=strict, parse_constant=strict)
-            except (ValueError, RecursionError):
-                return joined(text), False
-            if is_failure(document):
-                return joined(text), False
-            added, because = reading_of_choices(document.get("choices"))
-            text, reason = text + added, because or reason
-    return joined(text), bool(reason)
-
-
-def reading_of_choices(choices):
-    for choice in choices if isinstance(choices, list) else ():
-        if isinstance(choice, dict) and is_number_zero(choice.get("index")):
-            reason, delta = choice.get("finish_reason"), choice.get("delta")
-            message = delta if isinstance(delta, dict) else choice.get("message")
-            return content_of(message), reason if isinstance(reason, str) else None
-    return "", None
+        documents, rest, value = [], "", value.strip()
+        if name == "error" or name == "" and value.startswith("error:"):
+            failed = True
+            break
+        if name == "":
+            documents, rest = bare_documents(value)
+            done = re.match(r"(?i)data: *\[done\]", rest) is not None
+        elif name == "message" and value.strip('"').lower() == "[done]":
+            done = True
+        elif name == "message" and value:
+            documents = parsed(value)
+            failed = documents is None
+        elif name != "message":
+            documents = [one for one in parsed(value) or () if isinstance(one, dict) and one.get("choices") and isinstance(one["choices"], list)]
+        for document in documents or ():
+            if document not in (None, "", []):
+                failed = failed or is_failure(document)
+                if not failed:
+                    answer.add(document)
+        if failed or done:
+            break
+    answer.end()
+    whole = not failed and bool(done or answer.reason or answer.whole) and not FAILED.match(answer.reason or "")
+    return joined(answer.text), whole
 
 
 def joined(text):
@@ -180,18 +248,23 @@ def joined(text):
 
 def take(xeroctl, chunks):
     """Return what `reading` returns, as the tool sees it: decoder, documents, errors, reply."""
-    reply, whole = xeroctl.Reply(), True
+    context = xeroctl.ErrorContext(200, {}, ["xero_acme_secret"], "http://h/v1/chat/completions", "", "POST", None)
+    head = xeroctl.ResponseHead("1.1", 200, "OK", {"content-type": "text/event-stream"}, [])
+    decoder, reply = xeroctl.AnswerDecoder(True, head, context), xeroctl.Reply()
+    for data in [*chunks, None]:
+        part = decoder.finish(2.0) if data is None else decoder.feed(data, 1.0)
+        if part:
+            reply.add(part)
+    if decoder.error:
+        xeroctl.sanitize(str(decoder.error)).encode("utf-8", "replace")
+        return reply.raw_text, False
     try:
-        for document, _ in xeroctl.stream_documents(iter(chunks)):
-            if xeroctl.is_error(document):
-                raise xeroctl.build_error(document, 200, {}, "xero_acme_secret")
-            reply.add(document)
+        reply.check_answer()
     except xeroctl.CutShortError:
-        whole = bool(reply.finish_reason)
-    except xeroctl.XeroctlError as error:
-        whole = False
-        xeroctl.printable(str(error)).encode("utf-8", "replace")
-    return reply.text, whole
+        return reply.raw_text, False
+    except xeroctl.ServerError:  # no text
+        pass
+    return reply.raw_text, True
 
 
 def check(xeroctl, seed):

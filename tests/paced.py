@@ -9,6 +9,7 @@ import heapq
 import itertools
 import json
 import random
+import select
 import selectors
 import socket
 import subprocess
@@ -117,7 +118,7 @@ class Paced:
                 try:
                     data = data[connection.sock.send(data):]
                 except BlockingIOError:
-                    time.sleep(0.001)
+                    select.select([], [connection.sock], [], 1)
 
     def send_json(self, connection, status, document, extra=""):
         body = json.dumps(document).encode()

@@ -11,6 +11,7 @@ import time
 import pytest
 
 import paced
+from terminal import wait_until
 
 QUICK = {"ttft_ms": [40, 50], "tpot_ms": 4, "tokens": 20}
 NEVER_RUN = ["--base-url", "http://127.0.0.1:1"]
@@ -26,7 +27,7 @@ def endpoint():
         pensive={**QUICK, "reasoning": 20}, tenth={**QUICK, "share": {"500": 0.2}}, hold={**QUICK, "hold": True},
         limited={"share": {"429": 1}, "retry_after": 0}, close={**QUICK, "close": True}, cut={**QUICK, "share": {"cut": 0.5}},
         single={"tokens": 1}, long={"ttft_ms": [30, 30], "tpot_ms": 50, "tokens": 1000}, bad={"share": {"401": 1}},
-        stall={"ttft_ms": [5, 5], "tokens": 2, "stall_s": [1, 2]}, slow={"ttft_ms": [30000, 30000]},
+        slow={"ttft_ms": [30000, 30000]},
     ) as server:
         yield server
 
@@ -69,7 +70,7 @@ def test_figures_of_a_known_endpoint(bench, endpoint):
     assert result["itl_ms"]["n"] == 19 * result["ok"]
     truth = [1000 * (entry["first"] - entry["at"]) for entry in sent]
     assert min(truth) <= result["ttft_ms"]["min"] < 3 * max(truth)
-    assert 3.5 <= result["tpot_ms"]["p50"] < 20
+    assert 3 <= result["tpot_ms"]["p50"] < 60
     assert result["e2e_ms"]["min"] >= result["ttft_ms"]["min"] + 70
     assert 0 < result["output_tokens_per_second"] <= 4 * 20 / 0.116
 
@@ -114,7 +115,7 @@ def test_figures_stay_true(bench, slug, exact, per_chunk, tokens):
     assert (result["exact"], result["tokens_per_chunk"], result["output_tokens"]) == (exact, per_chunk, 8 * tokens)
     if tokens > 1:
         assert result["ttft_ms"]["min"] >= 39.9
-        assert 3.9 <= result["tpot_ms"]["p50"] < 20
+        assert 3 <= result["tpot_ms"]["p50"] < 60
         assert result["itl_ms"]["mean"] >= 3.5 * per_chunk
         assert result["e2e_ms"]["min"] >= 39 + 4 * (tokens - per_chunk)
 
@@ -169,14 +170,14 @@ def test_a_sweep(bench):
     assert [result["load"] for result in done.document["results"]] == ["rate=20", "rate=2.5"]
 
 
-def test_a_rate_without_coordinated_omission(bench, endpoint):
-    before = len(endpoint.log())
-    done = bench("stall", "--rate", "40", "--duration", "2.5", "--warmup", "0", "-o", "json")
-    result, = done.document["results"]
-    assert 60 <= result["requests"] == result["ok"] == len(endpoint.log()) - before <= 150
+def test_a_rate_without_coordinated_omission(run):
+    with paced.Server(stall={"ttft_ms": [5, 5], "tokens": 2, "stall_s": [1, 2]}) as server:
+        done = run("bench", "-e", "stall", "--base-url", server.url, "--rate", "40", "--duration", "2.5", "--warmup", "0", "-o", "json")
+        log = server.log()
+    result, = json.loads(done.stdout.decode())["results"]
+    assert 60 <= result["requests"] == result["ok"] == len(log) <= 150
     assert result["ttft_ms"]["max"] > 900  # those that were due at the beginning of the stall
-    slow = [entry for entry in endpoint.log()[before:] if entry["first"] - entry["at"] > 0.1]
-    assert len(slow) > 20
+    assert len([entry for entry in log if entry["first"] - entry["at"] > 0.1]) > 20
     assert result["ttft_ms"]["p90"] > 500
 
 
@@ -200,7 +201,7 @@ def test_the_report_of_one_row(bench):
     lines = done.stdout.decode().split("\n")
     assert done.status == 0
     assert all(len(line) <= 80 for line in lines)
-    assert lines[1] == "endpoint load     p50    p95    p50    p95    p95   tok/s  req/s   errors"
+    assert lines[1] == "endpoint load      p50    p95    p50    p95    p95   tok/s  req/s   errors"
     assert lines[2].split()[:2] == ["blue", "c=4"]
     assert [line.split("  ")[0] for line in lines[5:9]] == ["TTFT ms", "TPOT ms", "ITL ms", "E2E s"]
     text = done.stdout.decode()
@@ -307,9 +308,7 @@ def test_an_interrupt_keeps_what_was_measured(start, endpoint, tmp_path, number,
     path = tmp_path / "saved.jsonl"
     before = len(endpoint.log())
     child = start("bench", "-e", "long", "--base-url", endpoint.url, "--concurrency", "3", "--warmup", "0", "--save", str(path))
-    while len(endpoint.log()) - before < 3:
-        time.sleep(0.05)
-    time.sleep(1.2)
+    wait_until(lambda: len([entry for entry in endpoint.log()[before:] if len(entry["gaps"]) > 20]) == 3)
     child.signal(number)
     started = time.monotonic()
     done = child.finish()
@@ -327,8 +326,8 @@ def test_kill_9_leaves_finished_runs(start, endpoint, tmp_path):
                   "60", "--save", str(path), "--prompt-tokens", "1")
     done = child.finish()
     assert (done.status, path.read_text().count("began")) == (0, 3)
-    child = start("bench", "-e", "single", "-e", "slow", "--base-url", endpoint.url, "--warmup", "0", "--save", str(path))
-    time.sleep(0.5)
+    child = start("bench", "-e", "slow", "--base-url", endpoint.url, "--warmup", "0", "--save", str(path))
+    wait_until(lambda: endpoint.log()[-1]["slug"] == "slow")
     child.signal(signal.SIGKILL)
     assert child.finish().status == 137
     assert [json.loads(line) for line in path.read_text().splitlines()]
@@ -350,12 +349,12 @@ def saved_run(xeroctl, requests, window=(0, 1000), began=0, run="r", lag=1, slo=
     return xeroctl.BenchRun(run, load, began, list(window), slo, {"p50": 0, "p99": lag, "max": lag}, "0", {}, requests)
 
 
-@pytest.mark.parametrize("text, metric, sign, limit, is_percent", [
-    ("ttft.p95>800", "ttft.p95", ">", 800, False), ("errors>1%", "errors", ">", 1, True), ("slo<95%", "slo", "<", 95, True),
-    ("tok/s<200", "tok/s", "<", 200, False), ("lag.p99>5", "lag.p99", ">", 5, False), (" e2e.mean >= 1.5 ", "e2e.mean", ">=", 1.5, False),
+@pytest.mark.parametrize("text, metric, sign, limit", [
+    ("ttft.p95>800", "ttft.p95", ">", 800), ("errors>1%", "errors%", ">", 1), ("slo<95%", "slo%", "<", 95), ("slo<5", "slo", "<", 5),
+    ("tok/s<200", "tok/s", "<", 200), ("lag.p99>5", "lag.p99", ">", 5), (" e2e.mean >= 1.5 ", "e2e.mean", ">=", 1.5),
 ])
-def test_parse_condition(xeroctl, text, metric, sign, limit, is_percent):
-    assert xeroctl.parse_condition(text) == (text, metric, sign, limit, is_percent)
+def test_parse_condition(xeroctl, text, metric, sign, limit):
+    assert xeroctl.parse_condition(text) == (text, metric, sign, limit)
 
 
 @pytest.mark.parametrize("text", ["", "ttft", "ttft>1", "ttft.p95=1", "ttft.p96>1", "lag.p95>1", "tok/s>1%", "x.p95>1", "ttft.p95>x", "errors>-1"])
@@ -390,11 +389,16 @@ def test_time_per_output_token(xeroctl, gaps, tokens, tpot):
     ([dict(start=0, ttft=100, gaps=[100] * 9, error="server")], (0, 1000), 0, 0),
     ([dict(start=0, ttft=100, gaps=[100] * 4, error="unfinished")], (0, 500), 20, 1),
     ([dict(start=0, ttft=None, error="unfinished")], (0, 500), 0, 0),
-    ([dict(start=0)], (5, 5), None, None),
 ])
 def test_window_rates(xeroctl, cases, window, tokens, requests):
-    rates = xeroctl.window_rates([request(xeroctl, **case) for case in cases], window, 2, 1000)
-    assert rates == pytest.approx((tokens, requests)) if tokens is not None else rates == (None, None)
+    rates = xeroctl.window_rates([request(xeroctl, **case) for case in cases], *window, 2, 1000)
+    assert rates == pytest.approx((tokens, requests))
+
+
+@pytest.mark.parametrize("window, wanted", [((100, 500), (100, 500)), ((500, 400), (0, 850)), ((500, 500), (0, 850))])
+def test_run_window(xeroctl, window, wanted):
+    requests = [request(xeroctl, start=start, ttft=100, gaps=[50]) for start in (0, 350, 700)]
+    assert xeroctl.run_window(saved_run(xeroctl, requests, window), requests) == wanted
 
 
 @pytest.mark.parametrize("spans, merged", [

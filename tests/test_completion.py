@@ -1,7 +1,5 @@
 """What bash, zsh and fish offer once they have loaded the script that the tool prints for them; the help pages."""
 
-import argparse
-import contextlib
 import os
 import re
 import shlex
@@ -240,21 +238,20 @@ def config(shell):
     shell.write_config(contexts_config(CONTEXTS))
 
 
-def walk(xeroctl, parser=None, path=()):
-    """Yield the words that lead to each command, and the actions of its parser."""
-    parser = parser or xeroctl.build_parser()
-    with contextlib.suppress(xeroctl.UsageError):
-        parser.parse_known_args([])  # it may add its options only when it is used
-    yield path, parser._actions
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, below in action.choices.items():
-                yield from walk(xeroctl, below, path + (name,))
+def walk(xeroctl):
+    """Yield the words that lead to each command, and its parser."""
+    for name in xeroctl.COMMANDS:
+        yield tuple(name.split()), xeroctl.build_parser(name)
 
 
-def option_names(actions):
+def actions_of(parser):
+    """Return the actions of the options of *parser*."""
+    return list(dict.fromkeys(parser.options.values()))
+
+
+def option_names(parser):
     """Return, sorted, the names of all options."""
-    return sorted(name for action in actions for name in action.option_strings)
+    return sorted(name for action in actions_of(parser) for name in action.option_strings)
 
 
 def first_words(action):
@@ -269,25 +266,24 @@ def first_words(action):
 
 def test_every_option_of_every_command_is_offered(shell, xeroctl):
     known, offered = {}, {}
-    for path, actions in walk(xeroctl):
-        known[path] = option_names(actions)
+    for path, parser in walk(xeroctl):
+        known[path] = option_names(parser)
         offered[path] = shell.offers(" ".join(path), "-")
     assert offered == known and len(known) > 15
 
 
 def test_every_command_and_every_first_argument_is_offered(shell, xeroctl):
     known, offered = {}, {}
-    for path, actions in walk(xeroctl):
-        arguments = [action for action in actions if not action.option_strings]
-        known[path] = first_words(arguments[0]) if arguments else []
+    for path, parser in walk(xeroctl):
+        known[path] = first_words(parser.argument) if parser.argument else sorted(parser.commands)
         offered[path] = [word for word in shell.offers(" ".join(path), "") if not word.startswith("-")]
     assert offered == known
 
 
 def test_every_option_is_followed_by_what_it_takes(shell, xeroctl):
     known, offered = {}, {}
-    for path, actions in walk(xeroctl):
-        for action in actions:
+    for path, parser in walk(xeroctl):
+        for action in actions_of(parser):
             for name in action.option_strings if action.nargs != 0 else ():
                 if name not in known:
                     known[name] = first_words(action)
@@ -300,7 +296,7 @@ def test_every_option_is_followed_by_what_it_takes(shell, xeroctl):
 @pytest.mark.parametrize("path", [(), ("chat",)], ids=repr)
 def test_zsh_and_fish_tell_what_an_option_is_for(shell, xeroctl, path):
     told = shell.do("explain", " ".join(("xeroctl",) + path + ("-",)))
-    options = [action for action in dict(walk(xeroctl))[path] if action.option_strings]
+    options = actions_of(dict(walk(xeroctl))[path])
     assert [action.help for action in options if action.help not in told] == []
 
 
@@ -505,11 +501,11 @@ def test_help_on_an_unknown_command_is_a_usage_error(run, path):
 
 
 def test_every_page_fits_80_columns_and_names_every_option(start, xeroctl):
-    commands = [(path, actions, start("help", *path, env={"COLUMNS": "80"})) for path, actions in walk(xeroctl)]
+    commands = [(path, parser, start("help", *path, env={"COLUMNS": "80"})) for path, parser in walk(xeroctl)]
     faults = []
-    for path, actions, child in commands:
+    for path, parser, child in commands:
         page = child.finish().stdout.decode()
         faults += [(path, line) for line in page.split("\n") if len(line) > 80 or re.search(r"==SUPPRESS==|%\(", line)]
         words = set(re.findall(r"[\w-]+", page))
-        faults += [(path, name) for name in option_names(actions) if name not in words]
+        faults += [(path, name) for name in option_names(parser) if name not in words]
     assert faults == []

@@ -224,11 +224,11 @@ WRONG = {
     ("list", "--metadata", "k\x1b=v"): "--metadata must be NAME=VALUE",
     ("update", "c1"): "nothing to change: give --metadata NAME=VALUE",
     ("delete", "c1"): "delete asks at a terminal: without one give --yes",
-    ("nope",): "xeroctl completions has no command 'nope': see xeroctl completions --help",
-    ("--limit", "1", "get", "c1"): "--limit and the other filters go with list, not with get",
-    ("--after", "c1", "messages", "c1"): "--limit and the other filters go with list, not with messages",
-    ("--metadata", "a=b", "update", "c1", "--metadata", "c=d"): "--limit and the other filters go with list, not with up",
-    ("--model", "m", "delete", "c1", "--yes"): "--limit and the other filters go with list, not with delete",
+    ("nope",): "xeroctl completions has no such command: 'nope': see xeroctl completions --help",
+    ("--limit", "1", "get", "c1"): "xeroctl completions get has no option --limit: see xeroctl completions get --help",
+    ("--after", "c1", "messages", "c1"): "xeroctl completions messages has no option --after: see xeroctl completions messages --help",
+    ("--metadata", "a=b", "update", "c1", "--metadata", "c=d"): "--metadata goes behind the command: xeroctl completions update --metadata",
+    ("--model", "m", "delete", "c1", "--yes"): "xeroctl completions delete has no option --model: see xeroctl completions delete --help",
     ("get",): "ID is missing",
 }
 

@@ -876,7 +876,7 @@ def test_a_folder_that_cannot_be_made_is_named(run, tmp_path):
     (tmp_path / "file").write_text("")
     status, out, err = run("config", *ADD, env={"XDG_CONFIG_HOME": str(tmp_path / "file")})
     assert (status, out, err.count(b"\n")) == (2, b"", 1)
-    assert err.startswith(f"xeroctl: error: cannot make {tmp_path}/file: ".encode())
+    assert err.startswith(f"xeroctl: error: cannot make {tmp_path}/file/xeroctl: ".encode())
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everything")
@@ -911,7 +911,7 @@ def test_use_and_remove_say_what_they_did(config, stored):
     path = stored(TWO)
     assert config("use", "staging") == (0, b"", b"xeroctl: note: staging is the current context\n")
     assert config("remove", "staging") == (
-        0, b"", b"xeroctl: note: removed staging: none is the current one now, choose one with: "
+        0, b"", b"xeroctl: note: removed staging: no context is chosen now, choose one with: "
                 b"xeroctl config use CONTEXT\n")
     assert path.read_text() == "\n".join(TWO.split("\n")[2:5] + [""])
     assert config("remove", "prod") == (0, b"", b"xeroctl: note: removed prod\n")
@@ -1013,10 +1013,11 @@ def test_a_key_for_add_is_asked_for_unseen_at_a_terminal(terminal, home):
 
 WRONG_NAME = "a deployment's name is letters, digits, '.', '_', '-', not %s"
 WRONG_URL = "not a base URL: %r: one is https://api.xerotier.ai/PROJECT/v1"
-WRONG_ENDPOINT = "--endpoint must be letters, digits, '.', '_' and '-', not %r"
+WRONG_ENDPOINT = ("--endpoint must be letters, digits, '.', '_' and '-', not %r: a server that takes any name has the base "
+                  "URL https://%s/v1/chat/completions")
 WRONG_KEY = "the API key has a space, a line end or another character that no key has"
 REFUSED = [
-    (["add", "prod", *ADD[2:]], "prod is there already: change it with: xeroctl config set prod"),
+    (["add", "prod", *ADD[2:]], "prod already exists: change it with: xeroctl config set prod"),
     (["add", "c"], "no base URL: give --base-url URL"),
     (["add", "a b", *ADD[2:]], WRONG_NAME % "'a b'"),
     (["add", "", *ADD[2:]], WRONG_NAME % "''"),
@@ -1030,10 +1031,10 @@ REFUSED = [
     (["set", "gone", "--endpoint", "e"], "unknown context 'gone': {path} has: prod, staging"),
     (["set", "prod", "--base-url", "c/v1"], WRONG_URL % "c/v1"),
     (["set", "prod", "--base-url", KEY], WRONG_URL % MASKED),
-    (["set", "prod", "--endpoint", "a b"], WRONG_ENDPOINT % "a b"),
-    (["set", "prod", "--endpoint", "meta/llama"], WRONG_ENDPOINT % "meta/llama"),
+    (["set", "prod", "--endpoint", "a b"], WRONG_ENDPOINT % ("a b", "api.example/acme")),
+    (["set", "prod", "--endpoint", "meta/llama"], WRONG_ENDPOINT % ("meta/llama", "api.example/acme")),
     (["set", "prod", "--endpoint", "e", "--dry-run"], "--dry-run shows requests: config cannot be tried with it"),
-    ([*ADD, "--endpoint", "a/b"], WRONG_ENDPOINT % "a/b"),
+    ([*ADD, "--endpoint", "a/b"], WRONG_ENDPOINT % ("a/b", "c")),
     (["use", KEY], f"unknown context '{MASKED}': {{path}} has: prod, staging"),
     (["add"], "NAME is missing"),
     (["use", "gone"], "unknown context 'gone': {path} has: prod, staging"),
@@ -1347,7 +1348,7 @@ def test_no_key_is_ever_shown_in_full(config, stored):
 # -- init ------------------------------------------------------------
 
 NAME, URL, SECRET, ENDPOINT = "name [default]: ", "completions): ", "Enter for none: ", "with each command]: "
-KEEP = "Keep it all the same? [y/N] "
+KEEP = "Keep it anyway? [y/N] "
 CTRL_C, CTRL_D = "\x03", "\x04"
 
 
@@ -1412,7 +1413,8 @@ def test_init_asks_until_it_has_an_answer_and_checks_the_address(init, server):
         "name [default]: a b", "xeroctl: error: " + WRONG_NAME % "'a b'", "name [default]: prod",
         asks_url, "xeroctl: error: " + WRONG_URL % "", asks_url, "api.example/v1", "xeroctl: error: " + WRONG_URL % "api.example/v1",
         asks_url, url + "/", asks_key, "xeroctl: error: " + WRONG_KEY, asks_key,
-        asks_endpoint, "a b", "xeroctl: error: the endpoint must be letters, digits, '.', '_' and '-', not 'a b'", asks_endpoint,
+        asks_endpoint, "a b", "xeroctl: error: the endpoint must be letters, digits, '.', '_' and '-', not 'a b': a server that takes",
+        f"any name has the base URL {url}/chat/completions", asks_endpoint,
         f"xeroctl: note: added prod to {path}: it is the current one",
         "xeroctl: note: next: xeroctl chat --context prod --endpoint SLUG -m Hello"]).split()
 
@@ -1421,7 +1423,7 @@ def test_init_asks_for_another_name_where_one_is_taken(init, server):
     server.script(MODELS)
     text = kept("https://api.example/v1", api_key=KEY)
     child = type_in(init(content=text), (NAME, "\n"))
-    child.expect("default is there already: take another name")
+    child.expect("default already exists: take another name")
     type_in(child, (NAME, "default\n"), (NAME, "two\n"), (URL, server.url + "/v1\n"), (SECRET, "\n"),
             (ENDPOINT, "\n"))
     assert written(child) == (0, text + f'\n[deployment.two]\nbase_url = "{server.url}/v1"\n')
@@ -1548,6 +1550,15 @@ def test_init_tries_the_address_that_a_server_without_slugs_would_have(init, ser
     assert [request.target for request in server.requests] == targets
     assert (b"answers: that is kept" in child.output) is (keeps != base)
     assert b"next: xeroctl chat --context default -m Hello" in child.output
+
+
+@pytest.mark.parametrize("base", ["/v1", "", "/v1/chat/completions"])
+def test_init_takes_the_name_of_a_model_for_a_server_without_slugs(init, server, base):
+    server.script(MODELS)
+    child = type_in(init(), (NAME, "\n"), (URL, server.url + base + "\n"), (SECRET, "\n"), (ENDPOINT, "meta/llama3.2:1b\n"))
+    assert written(child) == (0, kept(server.url + "/v1/chat/completions", endpoint="meta/llama3.2:1b"))
+    assert [request.target for request in server.requests] == ["/v1/models"]
+    assert (b"is not a slug: the base URL is" in child.output) is ("chat" not in base)
 
 
 def test_init_takes_what_options_give(init, server):

@@ -263,19 +263,26 @@ def test_a_text_is_cut_between_characters(xeroctl, text, columns, expected):
 
 # -- Completion ------------------------------------------------------
 
-FOLDERS = {
-    "": ["b.json", "a b.json", ".hidden", "sub dir/", "a.json"],
-    "sub dir/": ["in side.json", "more/"],
-    "~/": ["notes one.json", ".profile"],
-    "/": ["etc/"],
-}
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with files and folders in it, and a home folder."""
+    for name in ("b.json", "a b.json", ".hidden", "a.json", "sub dir/in side.json", "sub dir/more/x", "[x].json"):
+        (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "here" / name).write_text("")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "notes one.json").write_text("")
+    (tmp_path / "home" / ".profile").write_text("")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
 @pytest.mark.parametrize("line, expected", [
     ("/he", ["/help"]), ("/help", ["/help"]), ("/s", ["/system ", "/save ", "/show ", "/set "]), ("/l", ["/load "]),
     ("/x", []), ("/HE", ["/help"]),
     ("", []), ("hello", []), ("/help x", []), ("/system a", []), ("/nothing a", []), (" /he", []), ("a /he", []),
-    ("/save ", ["/save a b.json", "/save a.json", "/save b.json", "/save sub dir/"]),
+    ("/save ", ["/save [x].json", "/save a b.json", "/save a.json", "/save b.json", "/save sub dir/"]),
+    ("/save [x", ["/save [x].json"]),
     ("/save a", ["/save a b.json", "/save a.json"]),
     ("/load a b", ["/load a b.json"]),
     ("/load .", ["/load .hidden"]),
@@ -284,12 +291,11 @@ FOLDERS = {
     ("/load sub dir/in s", ["/load sub dir/in side.json"]),
     ("/load ~/", ["/load ~/notes one.json"]),
     ("/load ~/.", ["/load ~/.profile"]),
-    ("/load /e", ["/load /etc/"]),
+    ("/load /et", ["/load /etc/"]),
     ("/load missing/", []), ("/load z", []), ("/attach a.", ["/attach a.json"]),
     ("/model l", ["/model llama", "/model lora"]), ("/context ", ["/context prod"]), ("/context x", []),
 ])
-def test_a_line_is_completed(xeroctl, monkeypatch, line, expected):
-    monkeypatch.setattr(xeroctl, "folder_names", lambda folder: FOLDERS.get(folder, []))
+def test_a_line_is_completed(xeroctl, folder, line, expected):
     names = {"/model": ["llama", "lora", "m"], "/context": ["prod"]}
     assert xeroctl.complete_line(line, lambda name: names.get(name, [])) == expected
 
@@ -297,17 +303,6 @@ def test_a_line_is_completed(xeroctl, monkeypatch, line, expected):
 def test_a_slash_alone_offers_every_command(xeroctl):
     lines = xeroctl.complete_line("/", None)
     assert [line.strip() for line in lines] == [command.name for command in xeroctl.CHAT_COMMANDS]
-
-
-def test_the_names_in_a_folder_show_which_are_folders(xeroctl, tmp_path, monkeypatch):
-    (tmp_path / "one file").write_text("")
-    (tmp_path / "sub" / "deep").mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    for folder in ("", "~/", str(tmp_path) + "/"):
-        assert sorted(xeroctl.folder_names(folder)) == ["one file", "sub/"]
-    assert xeroctl.folder_names("sub/") == ["deep/"]
-    assert (xeroctl.folder_names("missing/"), xeroctl.folder_names("one file/")) == ([], [])
 
 
 # -- Line editors ----------------------------------------------------

@@ -270,7 +270,7 @@ USAGE_ERRORS = [
     (["chat", "--endpoint", "e", "--nonsense"], "xeroctl chat has no option --nonsense: see xeroctl chat --help"),
     (["chat", "--endpoint", "e", "extra"], "xeroctl chat takes no further word like 'extra': a message goes behind -m"),
     (["chat", "--endpoint", "e", "--temp", "1"], "xeroctl chat has no option --temp: did you mean --temperature?"),
-    (["nonsense"], "xeroctl has no command"),
+    (["nonsense"], "xeroctl has no such command"),
     (["modles"], "xeroctl has no command modles: did you mean models?"),
     (["--apikey", "sk-secret-1234567890", "models"], "xeroctl has no option --apikey: did you mean --api-key?"),
     (["chat", "--timeout", "x\x1b[31m"], "--timeout must be a number from 0.001 to 1000000, not 'x\u241b[31m'"),

@@ -15,9 +15,9 @@ MANY_SECONDS = 8  # a decoder that reads a line anew for each chunk takes minute
 
 
 def decoded(xeroctl, *chunks):
-    """Return the (name, data) pairs that *chunks* hold."""
+    """Return the (name, data) pairs that *chunks* hold, without those of stray lines."""
     decoder = xeroctl.EventDecoder()
-    return [tuple(event) for data in chunks for event in decoder.feed(data)]
+    return [tuple(event) for data in chunks for event in decoder.feed(data) if event.name]
 
 
 def messages(*data):
@@ -129,13 +129,11 @@ def test_an_event_without_end_is_refused(xeroctl, monkeypatch):
     (b"data: not ended", []),
     (b"", []),
 ], ids=str)
-def test_what_is_no_field_is_kept_apart(xeroctl, data, blocks):
+def test_what_is_no_field_is_an_event_without_a_name(xeroctl, data, blocks):
     for at in range(len(data) + 1):
         decoder = xeroctl.EventDecoder()
-        decoder.feed(data[:at])
-        decoder.feed(data[at:])
-        decoder.finish()
-        assert decoder.stray == blocks, at
+        events = decoder.feed(data[:at]) + decoder.feed(data[at:]) + decoder.finish()
+        assert [text for name, text in events if not name] == blocks, at
 
 
 # -- Bodies ----------------------------------------------------------
@@ -235,7 +233,7 @@ def test_a_head_is_kept_as_it_came(xeroctl):
     data = b"HTTP/1.1 200 Fine\r\nA: b\r\na:  c \r\nnonsense\r\n: x\r\nContent-Type: text/\r\n plain\r\n\r\n"
     head = body_of(xeroctl, data)[0].head
     assert head[:3] == ("1.1", 200, "Fine")
-    assert head.headers == {"a": "b, c", "content-type": "text/ plain"}
+    assert (head.headers["a"], head.headers["content-type"]) == ("b, c", "text/ plain")
     assert head.lines == ["HTTP/1.1 200 Fine", "A: b", "a:  c ", "nonsense", ": x", "Content-Type: text/ plain"]
 
 
@@ -285,7 +283,7 @@ def choices(value):
 ], ids=repr)
 def test_a_document_of_a_wrong_shape_adds_nothing(xeroctl, document):
     reply, _ = answered(xeroctl, [document])
-    assert (reply.text, reply.started, reply.finish_reason, reply.has_reasoning) == ("", False, None, False)
+    assert (reply.text, reply.first_at, reply.finish_reason, reply.has_reasoning) == ("", None, None, False)
     assert (reply.id, reply.model, reply.deltas, reply.tool_calls) == (None, None, 0, [])
     assert set(reply.usage) == {None}
 
@@ -333,7 +331,18 @@ def test_a_count_that_is_a_whole_float_is_a_number(xeroctl, count, parsed):
 ], ids=str)
 def test_documents_add_up_to_a_reply(xeroctl, documents, text, reason):
     reply, _ = answered(xeroctl, documents)
-    assert (reply.text, reply.finish_reason, reply.started) == (text, reason, True)
+    assert (reply.text, reply.finish_reason, reply.first_at) == (text, reason, 1.0)
+
+
+def test_what_a_whole_message_holds_is_given_once(xeroctl):
+    call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}
+    whole = {"reasoning_content": "Hm.", "content": "Hello", "tool_calls": [call]}
+    documents = [chunk(delta={"reasoning_content": "Hm."}), chunk("Hello"), chunk(delta={"tool_calls": [call]})]
+    for sent in ([completion(message=whole)], [*documents, completion(message=whole)], [*documents, chunk(finish="stop")]):
+        decoder, reply = decoder_of(xeroctl), xeroctl.Reply()
+        seen = decoder.feed(sse(*sent), 1.0)
+        reply.add(seen)
+        assert (seen.reasoning, seen.text, reply.tool_calls) == ("Hm.", "Hello", ["f"])
 
 
 @pytest.mark.parametrize("text, answer, reasoning", [
@@ -383,6 +392,11 @@ def test_a_chunk_holds_all_that_a_read_brought(xeroctl):
 ], ids=repr)
 def test_the_first_code_block_is_extracted(xeroctl, text, code):
     assert xeroctl.extract_code_block(text) == code
+    assert xeroctl.find_code_blocks(text)[:1] == ([] if code is None else [code])
+
+
+def test_all_code_blocks_are_found(xeroctl):
+    assert xeroctl.find_code_blocks("```\na\n```\n\n  ```c\n  d\n  ```\n```\ne") == ["a", "d", "e"]
 
 
 @pytest.mark.parametrize("text, printed", [

@@ -14,6 +14,7 @@ import zlib
 import pytest
 
 import fuzz
+import test_field
 from conftest import XEROCTL
 from driver import Driver
 from loopback import completion, head, http_chunk, json_response, response, stream_head
@@ -24,7 +25,7 @@ RESPONSES = int(os.environ.get("FUZZ_RESPONSES", 250))
 PROCESSES = int(os.environ.get("FUZZ_PROCESSES", 5))
 STATUSES = {0, 3, 4, 5, 6, 7, 8}
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
-FOOTER = re.compile(r"-- ~?\d+ tokens in [\d.]+s \(~?[\d.]+ tok/s\)")
+FOOTER = re.compile(r"-- ~?\d+ tokens? in [\d.]+s \(~?[\d.]+ tok/s\)")
 
 
 # -- Streams, in a child of the interpreter --------------------------
@@ -45,6 +46,60 @@ def test_the_simple_reading_knows_whole_from_cut():
         ("Hello é€😀", True), ("ab", True), ("CRLF", True), ("CR ends", True), ("lines", True), ("yes", True), ("x", False),
         ("y", False),         ("0z", True), ("😀", True), ("CRLF lines", True), ("named", False), ("o", False)]
     assert fuzz.reading(fuzz.STREAMS[0][:fuzz.STREAMS[0].index(b"lo")]) == ("Hel", False)
+
+
+# -- Replies from the field, cut at each byte ------------------------
+
+
+def outcome(xeroctl, pieces, streamed):
+    """Return the text, the exit status and the words of a response that comes in these pieces, then the close."""
+    decoder, answers, reply, failure = xeroctl.ResponseDecoder("POST"), None, xeroctl.Reply(), b""
+    url = "http://127.0.0.1:1/e/v1/chat/completions"
+    try:
+        for data in [*pieces, None]:
+            body = decoder.feed(data) if data is not None else decoder.finish()
+            if not decoder.head:
+                continue
+            context = xeroctl.ErrorContext(decoder.head.status, decoder.head.headers, [], url, "", "POST", None)
+            if decoder.head.status != 200:
+                failure += body or b""
+                continue
+            answers = answers or xeroctl.AnswerDecoder(streamed, decoder.head, context)
+            part = answers.finish(1.0) if data is None else answers.feed(body, 1.0)
+            if part:
+                reply.add(part)
+            if answers.error:
+                raise answers.error
+        if failure:
+            raise xeroctl.parse_error(failure, context)
+        reply.check_answer()
+    except xeroctl.WireError as error:
+        return reply.raw_text, None, str(error)
+    except xeroctl.XeroctlError as error:
+        return reply.raw_text, error.exit_status, str(error)
+    return reply.raw_text, 0, f"{xeroctl.finish_warning(reply)}, {xeroctl.finish_note(reply)}, {reply.usage}, {reply.tool_calls}"
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("name", test_field.REPLIES)
+def test_a_field_reply_is_the_same_cut_at_each_byte(xeroctl, name, streamed):
+    data = test_field.REPLIES[name].reply
+    whole = outcome(xeroctl, [data], streamed)
+    assert whole[1] == test_field.REPLIES[name].status
+    assert outcome(xeroctl, [data[at:at + 1] for at in range(len(data))], streamed) == whole
+    for at in range(len(data) + 1):
+        assert outcome(xeroctl, [data[:at], data[at:]], streamed) == whole, at
+
+
+@pytest.mark.parametrize("name", test_field.REPLIES)
+def test_a_field_reply_that_ends_at_any_byte_is_no_other_success(xeroctl, name):
+    data = test_field.REPLIES[name].reply
+    text, status, words = outcome(xeroctl, [data], True)
+    ends = [outcome(xeroctl, [data[:at]], True) for at in range(len(data))]
+    assert all(text.startswith(part[0]) for part in ends)
+    if status:
+        assert all(part[1] in (None, 5, 8, status) for part in ends)
+    assert {part[0] for part in ends if part[1] == 0} <= {text}
 
 
 # -- Responses, through the whole program ----------------------------
@@ -112,9 +167,11 @@ def readings(data):
         found.add(fuzz.reading(body))
         try:
             document = fuzz.json.loads(body.decode("utf-8-sig"))
-            text, _ = fuzz.reading_of_choices(document["choices"])
-            found.add((fuzz.joined(text), not fuzz.is_failure(document)))
-        except (ValueError, LookupError, TypeError, RecursionError):
+            answer = fuzz.Answer()
+            answer.add(document)
+            answer.end()
+            found.add((fuzz.joined(answer.text), not fuzz.is_failure(document)))
+        except (ValueError, LookupError, TypeError, RecursionError, AttributeError):
             pass
     return found
 

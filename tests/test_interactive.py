@@ -421,7 +421,7 @@ def test_a_backslash_continues_the_message(talk, server):
 def test_an_editor_writes_the_message_into_a_private_file(talk, server, tmp_path, variables):
     editor = program(tmp_path / "my-ed", 'stat -c %a "$1" >"$MODE"; cat "$1" >>"$MODE"; printf "one\\ntwo é\\n" >"$1"')
     server.script(answer())
-    env = {"EDITOR": "false", "MODE": str(tmp_path / "mode"), **{name: editor for name in variables}}
+    env = {"EDITOR": "false", "MODE": str(tmp_path / "mode"), **dict.fromkeys(variables, editor)}
     child = talk(env=env)
     assert enter(child, "/edit a draft")[0] == "Hello!"
     leave(child)
@@ -1016,6 +1016,14 @@ def test_a_line_that_is_not_utf8_is_one_failed_turn(pipe, server):
     assert "UTF-8" in lines[0]
 
 
+def test_a_standard_input_that_cannot_be_read_ends_the_chat(start, server):
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    child = start(*options(server), stdin=descriptor)
+    os.close(descriptor)
+    result = child.finish()
+    assert (result.status, result.stderr.count(b"cannot read standard input")) == (2, 1)
+
+
 def test_a_pipe_ends_at_quit_and_leaves_no_history(pipe, server, state):
     server.script(answer())
     assert pipe("one\n/quit\ntwo\n")[:2] == (0, "Hello!\n")
@@ -1269,6 +1277,7 @@ def test_a_blank_line_stands_between_turns(talk, server):
         False, True, False, True]
 
 
+@pytest.mark.needs("readline")
 def test_a_line_that_begins_with_a_blank_is_recalled_and_not_kept(talk, server, state):
     server.always(answer())
     child = talk()

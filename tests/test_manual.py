@@ -28,15 +28,7 @@ OPERATORS = re.compile(r"[;&|<>()]+$|^(do|then|else|if|while)$")
 
 def tree(xeroctl):
     """Return the parser of each command by the words that lead to it; that of the whole tool by none."""
-    found = {}
-
-    def add(path, parser):
-        found[path] = parser.with_options()
-        for name, below in parser.commands.items():
-            add((*path, name), below)
-
-    add((), xeroctl.build_parser())
-    return found
+    return {tuple(name.split()): xeroctl.build_parser(name) for name in xeroctl.COMMANDS}
 
 
 def leaves(xeroctl):
@@ -46,7 +38,7 @@ def leaves(xeroctl):
 
 def options(parser):
     """Return the actions of *parser* that options start."""
-    return list(dict.fromkeys(parser.names.values()))
+    return list(dict.fromkeys(parser.options.values()))
 
 
 def names(actions):
@@ -78,7 +70,7 @@ def command_head(path, commands):
     above, parser = commands[path[:-1]], commands[path]
     if above.run and parser.run is above.run:
         return f"Cm {' '.join(path[:-1])} Op Cm {path[-1]}"
-    arguments = [argument_head(action) for action in parser.arguments]
+    arguments = [argument_head(parser.argument)] if parser.argument else []
     return " ".join(["Cm", *path, *arguments])
 
 
@@ -160,7 +152,7 @@ def test_the_synopsis_has_every_command_with_its_arguments_and_no_other(xeroctl)
 def test_no_sentence_of_the_manual_names_another_command(xeroctl):
     commands = tree(xeroctl)
     known = set(commands) | {(*path, word) for path, parser in commands.items()
-                             for action in parser.arguments for word in action.choices or ()}
+                             if parser.argument for word in parser.argument.choices or ()}
     named = [tuple(words.split()) for words in re.findall(r"\bCm ([a-z]+(?: [a-z]+)*)", section("DESCRIPTION"))]
     named = [words for words in named if words[:1] in commands]
     assert len(named) > 20
@@ -356,7 +348,7 @@ NEEDS_ENDPOINT = {"chat", "models", "completions"}
 def test_a_command_in_the_documents_parses(xeroctl, command):
     command = [re.sub(r"^\$\w+$", "some", word) for word in command]
     try:
-        found = xeroctl.build_parser().parse_args(command)
+        found = xeroctl.parse_arguments(command)
     except xeroctl.TextRequested:
         return
     assert found.command
@@ -367,7 +359,7 @@ def test_a_command_in_the_documents_parses(xeroctl, command):
         assert found.metadata
     if found.command == "help":
         with pytest.raises(xeroctl.TextRequested):
-            xeroctl.build_parser().parse_args([*found.topic, "--help"])
+            xeroctl.parse_arguments([*found.topic, "--help"])
 
 
 @pytest.mark.parametrize("line, commands", [

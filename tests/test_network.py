@@ -158,7 +158,7 @@ def connected(xeroctl, seconds):
     """Return a socket to one of the addresses of a name."""
     deadline = time.monotonic() + seconds
     waiter = xeroctl.Waiter()
-    return xeroctl.connect_socket(xeroctl.resolve("api.invalid", 80, waiter, seconds), waiter, deadline)
+    return xeroctl.connect_socket(xeroctl.resolve("api.invalid", 80, waiter, seconds), waiter, deadline)[0]
 
 
 @pytest.mark.smoke
@@ -661,7 +661,7 @@ def test_no_date_is_worked_out_for_a_question(xeroctl, certificate, monkeypatch)
     with loopback.Server(tls_context=context_for(certificate)) as server:
         server.script(HELLO)
         arguments = [*ask(server.url + "/v1"), "--cacert", str(certificate), "-q"]
-        options = xeroctl.build_parser().parse_args(arguments)
+        options = xeroctl.parse_arguments(arguments)
         config = xeroctl.Config("", None, {}, [])
         settings = xeroctl.resolve_settings(options, {}, config, None)
         request = xeroctl.build_request("GET", server.url + "/v1/models", settings)

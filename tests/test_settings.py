@@ -452,7 +452,7 @@ def test_a_key_over_plain_http_draws_a_note_unless_it_stays_here(start):
     children = [start(*DRY, "--base-url", url, env={"XEROTIER_API_KEY": key}) for url, key, _ in PLAIN_HTTP]
     for (url, key, warned), child in zip(PLAIN_HTTP, children):
         host, result = url.split("/")[2], child.finish()
-        note = f"xeroctl: note: the API key goes to {host} over plain http, for all on the way to read\n"
+        note = f"xeroctl: note: the API key goes to {host} unencrypted, over plain http\n"
         assert sent(result)[1] is bool(key), url
         assert result.stderr.decode() == (note if warned else ""), url
 

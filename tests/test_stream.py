@@ -393,8 +393,12 @@ def test_a_number_that_json_lacks_spoils_no_reply(run, quiet, server):
     assert json.loads(result.stdout.decode(), parse_constant=pytest.fail)["logprobs"] is None
 
 
-def test_the_rate_after_the_first_token_has_its_name(quiet):
+def test_the_rate_after_the_first_token_has_its_name(begin, server):
     gate = threading.Event()
-    threading.Timer(0.05, gate.set).start()
-    result = quiet(stream_head(), sse(HEL), Gate(gate), sse(LO, STOP, usage_chunk(), DONE), options=["--quiet", "--show-usage"])
+    server.script([stream_head(), sse(HEL), Gate(gate), sse(LO, STOP, usage_chunk(), DONE)])
+    child = begin("--quiet", "--show-usage")
+    child.expect("Hel")
+    gate.set()
+    result = child.finish()
+    assert (result.status, result.stdout) == (0, b"Hello\n")
     assert re.search(r"^tokens/s after the first: +\d+\.\d+$", result.stderr.decode(), re.MULTILINE)

@@ -315,6 +315,7 @@ def answers(text):
     return json_response(completion(text)), stream(*pieces, chunk(finish="stop"), DONE)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("changes, styles", [({}, {"1", "36", "0"}), ({"NO_COLOR": "1"}, set())], ids=["styled", "NO_COLOR"])
 def test_a_terminal_gets_styled_markdown_wrapped_at_words(terminal, server, changes, styles, streamed):
@@ -367,6 +368,7 @@ def test_an_interrupt_leaves_no_style(terminal, server):
 THOUGHT = "<think>\nHm, so.\n</think>\n\nYes"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 def test_what_is_inside_think_is_dim_on_a_terminal(terminal, server, streamed):
     server.script(answers(THOUGHT)[streamed])

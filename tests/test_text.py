@@ -10,14 +10,13 @@ import pytest
 
 from terminal import screen
 
-pytestmark = pytest.mark.smoke
-
 STYLES = {"1": "b", "2": "dim", "3": "i", "36": "c", "1;3": "bi", "1;2": "dim-b", "2;36": "dim-c", "1;36": "bc", "2;3": "dim-i"}
 
 
 # -- Sanitising ------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("text, shown", [
     ("plain, é 😀\u2028", "plain, é 😀\u2028"),
     ("a\tb\nc", "a\tb\nc"),
@@ -66,7 +65,7 @@ def test_a_text_is_cut_between_characters(xeroctl, text, columns, expected):
 
 @pytest.mark.parametrize("text, columns, expected", [
     ("abcdefghij", 10, "abcdefghij"), ("abcdefghij", 9, "abc...hij"), ("abcdefghij", 8, "abc...ij"), ("abcdefghij", 5, "a...j"),
-    ("abcdefghij", 4, "abcd"), ("abcdefghij", 0, ""), ("日本語日本語", 11, "日本...本語"), ("日本語日本語", 10, "日本...語"),
+    ("abcdefghij", 4, "a..."), ("abcdefghij", 2, ".."), ("abcdefghij", 0, ""), ("日本語日本語", 11, "日本...本語"), ("日本語日本語", 10, "日本...語"),
 ], ids=repr)
 def test_a_text_is_cut_in_its_middle(xeroctl, text, columns, expected):
     shown = xeroctl.truncate_middle(text, columns)
@@ -82,6 +81,7 @@ def test_a_table_is_cut_to_the_columns(xeroctl):
 # -- Figures ---------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("values, percent, expected", [
     ([7], 50, 7), ([7], 99, 7), ([1, 2], 50, 1.5), ([1, 2], 0, 1), ([1, 2], 100, 2), ([1, 2, 3, 4], 50, 2.5), ([1, 2, 3, 4], 25, 1.75),
     (list(range(101)), 95, 95), (list(range(100)), 95, 94.05), ([0, 0, 10], 90, 8),
@@ -135,6 +135,7 @@ def test_what_is_not_streamed_has_seconds_alone(xeroctl):
     assert dict(xeroctl.usage_fields(reply(), 4.2, False)) == {"seconds": 4.2, "id": "c1"}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("columns, bar", [
     (80, "endpoint: my-endpoint | model: llama-3 | tokens: 148/532 | msgs: 6"),
     (66, "endpoint: my-endpoint | model: llama-3 | tokens: 148/532 | msgs: 6"),
@@ -195,6 +196,7 @@ def styled(xeroctl, text, columns=80, size=None, **options):
     return "".join([styler.feed(text[start:start + size]) for start in range(0, len(text), size)] + [styler.finish()])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("text, expected", [
     ("plain text", "plain text"),
     ("# Title\ntext", "<b># Title</>\ntext"),
@@ -203,6 +205,7 @@ def styled(xeroctl, text, columns=80, size=None, **options):
     ("a **b c** d", "a <b>**b c**</> d"),
     ("__b__ and *i* and _i_", "<b>__b__</> and <i>*i*</> and <i>_i_</>"),
     ("***both***.", "<bi>***both***</>."),
+    ("**a *b***. c", "<b>**a </><bi>*b***</>. c"),
     ("**a *b* c**", "<b>**a </><bi>*b*</><b> c**</>"),
     ("**one\ntwo** three", "<b>**one</>\n<b>two**</> three"),
     ("**open\n\nnext", "<b>**open</>\n\nnext"),
@@ -220,7 +223,7 @@ def styled(xeroctl, text, columns=80, size=None, **options):
     ("```\n\n# x\n", "<c>```</>\n\n<c># x</>\n"),
     ("- ```sh\n  ls\n  ```\n- b", "- <c>```sh</>\n<c>  ls</>\n<c>  ```</>\n- b"),
     ("1. a\n\n   ```\n   x\n   ```\n2. b", "1. a\n\n   <c>```</>\n<c>   x</>\n<c>   ```</>\n2. b"),
-    ("```x``` in a line\nnext *i*", "<c>```x``` in a line</>\nnext <i>*i*</>"),
+    ("```x``` in a line\nnext *i*", "<c>```x```</> in a line\nnext <i>*i*</>"),
     ("> a **b** c\n\nd", "<dim>> a </><dim-b>**b**</><dim> c</>\n\nd"),
     ("> ```\n> x\n> ```\nd", "<dim>> </><dim-c>```</>\n<c>> x</>\n<c>> ```</>\nd"),
     ("a\n\n    x = *y*\n\n    z\n\nb *i*", "a\n\n<c>    x = *y*</>\n\n<c>    z</>\n\nb <i>*i*</>"),
