@@ -199,13 +199,14 @@ def draw(output):
     lines.insert(0, shell + [Cell(character, PLAIN) for character in COMMAND])
     width = round(2 * MARGIN + COLUMNS * CELL_WIDTH)
     height = TITLE_HEIGHT + 2 * MARGIN + len(lines) * CELL_HEIGHT
-    colors = "\n".join(f".c{number} {{ fill: {color} }}" for number, color in enumerate(COLORS))
+    elements = "".join(line_elements(*line) for line in enumerate(lines))
+    colors = "\n".join(f".c{number} {{ fill: {color} }}" for number, color in enumerate(COLORS) if f"c{number}" in elements)
     head = HEAD.format(
         width=width, height=height, inner_width=width - 1, inner_height=height - 1, middle=width / 2,
         title_height=TITLE_HEIGHT + 0.5, title="A chat with xeroctl", size=FONT_SIZE, colors=colors)
     x, y = MARGIN + column * CELL_WIDTH, TITLE_HEIGHT + MARGIN + (row + 1) * CELL_HEIGHT
     cursor = f'<rect x="{x:.1f}" y="{y}" width="{CELL_WIDTH}" height="17" fill="#e6edf3"/>\n'
-    return head + "".join(line_elements(*line) for line in enumerate(lines)) + cursor + "</svg>\n"
+    return head + elements + cursor + "</svg>\n"
 
 
 def main():

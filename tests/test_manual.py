@@ -1,4 +1,4 @@
-"""The manual and the README say what the tool does: commands, options, variables, statuses; both ways."""
+"""The manual says what the tool does: commands, options, variables, statuses; both ways."""
 
 import argparse
 import os
@@ -12,16 +12,13 @@ import pytest
 from conftest import TOP
 
 MANUAL = TOP / "man" / "xeroctl.1"
-README = TOP / "README.md"
 PAGE = MANUAL.read_text(encoding="utf-8")
-GUIDE = README.read_text(encoding="utf-8")
 
 OTHER_PROGRAMS_VARIABLES = {
     "HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "VISUAL", "EDITOR", "NO_COLOR", "TERM",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
 }
 OTHER_PROGRAMS = {"man"}  # that take our name as an argument
-OTHER_PROGRAMS_OPTIONS = {"--label"}
 INTERRUPTED = 130  # by a signal, so no constant
 OPERATORS = re.compile(r"[;&|<>()]+$|^(do|then|else|if|while)$")
 
@@ -172,7 +169,7 @@ def test_the_manual_has_every_option_of_every_command_and_no_other(xeroctl):
     commands = tree(xeroctl)
     everywhere = {option_head(action) for action in options(commands[()])}
     of_endpoints = set(items(subsection("Endpoint options")))
-    asking = {words for words in re.findall(r"^\.Cm (\w+)", subsection("Endpoint options"), re.MULTILINE)}
+    asking = set(re.findall(r"^\.Cm (\w+)", subsection("Endpoint options"), re.MULTILINE))
     chat_heads = items(subsection("Options of chat"))
     listed = [head for head in items(subsection("Global options")) if head.startswith("Fl ")]
     assert set(listed) == everywhere
@@ -244,15 +241,9 @@ def test_the_manual_has_the_keys_of_the_config_file_and_no_other(xeroctl):
     assert sorted(heads) == sorted("Cm " + name for name in ("current", *xeroctl.FIELD_TYPES))
 
 
-def config_examples():
-    """Return the config files that the documents show."""
-    return (re.findall(r"^```toml\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
-            + re.findall(r"^\.Bd -literal\n(current.*?)^\.Ed", PAGE, re.MULTILINE | re.DOTALL))
-
-
-@pytest.mark.parametrize("text", config_examples(), ids=["README", "manual"])
-def test_a_config_file_in_the_documents_holds_known_keys_alone(xeroctl, text):
-    config = xeroctl.parse_config(text, "an example")
+def test_the_config_file_in_the_manual_holds_known_keys_alone(xeroctl):
+    text = re.search(r"^\.Bd -literal\n(current.*?)^\.Ed", PAGE, re.MULTILINE | re.DOTALL).group(1)
+    config = xeroctl.parse_config(text, "the manual")
     assert config.current in config.deployments
     assert {name for deployment in config.deployments.values() for name in deployment} <= set(xeroctl.FIELD_TYPES)
 
@@ -286,19 +277,7 @@ def test_the_manual_is_without_a_mistake():
     assert (done.returncode, done.stdout.decode()) == (0, "")
 
 
-# -- Commands in the documents ---------------------------------------
-
-
-def fenced_lines():
-    """Return the lines of the README's shell blocks, continued lines joined."""
-    blocks = re.findall(r"^```(?:sh|shell|bash|console)\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
-    return joined("\n".join(blocks)).split("\n")
-
-
-def inline_commands():
-    """Return the commands that the README names within its sentences."""
-    prose = re.sub(r"^```.*?^```", "", GUIDE, flags=re.MULTILINE | re.DOTALL)
-    return re.findall(r"`(xeroctl [^`]+)`", prose)
+# -- Commands in the manual ------------------------------------------
 
 
 def manual_lines():
@@ -338,14 +317,13 @@ def tool_commands(line):
             yield from tool_commands(token)
 
 
-README_COMMANDS = [command for line in fenced_lines() + inline_commands() for command in tool_commands(line)]
 MANUAL_COMMANDS = [command for line in manual_lines() for command in tool_commands(line)]
 NEEDS_ENDPOINT = {"chat", "models", "completions"}
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("command", README_COMMANDS + MANUAL_COMMANDS, ids=" ".join)
-def test_a_command_in_the_documents_parses(xeroctl, command):
+@pytest.mark.parametrize("command", MANUAL_COMMANDS, ids=" ".join)
+def test_a_command_in_the_manual_parses(xeroctl, command):
     command = [re.sub(r"^\$\w+$", "some", word) for word in command]
     try:
         found = xeroctl.parse_arguments(command)
@@ -357,9 +335,6 @@ def test_a_command_in_the_documents_parses(xeroctl, command):
         assert found.base_url
     if found.run is xeroctl.run_completions_update:
         assert found.metadata
-    if found.command == "help":
-        with pytest.raises(xeroctl.TextRequested):
-            xeroctl.parse_arguments([*found.topic, "--help"])
 
 
 @pytest.mark.parametrize("line, commands", [
@@ -377,46 +352,4 @@ def test_a_call_of_the_tool_is_found_whatever_it_says(line, commands):
 
 
 def test_the_commands_are_found():
-    assert len(README_COMMANDS) >= sum("xeroctl chat" in line for line in fenced_lines()) > 10
     assert len(MANUAL_COMMANDS) == sum(line.count("xeroctl ") for line in manual_lines()) > 20
-    assert ["chat", "--demo", "--stream", "-m", "Hello"] in README_COMMANDS
-
-
-def test_the_readme_has_every_command(xeroctl):
-    known = {path[0] for path in tree(xeroctl) if path}
-    assert {command[0] for command in README_COMMANDS if not command[0].startswith("-")} == known
-
-
-def test_the_readme_says_which_shells_are_known(xeroctl):
-    assert {command[1] for command in README_COMMANDS if command[0] == "completion"} == set(xeroctl.SHELLS)
-
-
-def test_the_readme_fits_its_columns():
-    assert [line for line in GUIDE.split("\n") if len(line) > 120] == []
-
-
-@pytest.mark.smoke
-def test_the_readme_names_no_option_that_does_not_exist(xeroctl):
-    found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", GUIDE))
-    assert found - parser_options(xeroctl) == OTHER_PROGRAMS_OPTIONS
-
-
-def test_the_readme_and_the_manual_have_the_same_statuses_and_variables(xeroctl):
-    statuses = {int(number) for number in re.findall(r"^\| (\d+) \|", GUIDE, re.MULTILINE)}
-    assert statuses == {int(head) for head in items(section("EXIT STATUS"))}
-    ours = {value for name, value in vars(xeroctl).items() if name.startswith("ENV_")}
-    assert set(re.findall(r"\b(?:XEROTIER|OPENAI)_[A-Z_]+", GUIDE)) == ours
-
-
-def test_the_first_command_of_the_readme_does_what_it_says(run):
-    first = next(line for line in fenced_lines() if line)
-    assert first.startswith("python3 xeroctl.py chat --demo")
-    result = run(*shlex.split(first)[2:])
-    assert (result.status, b"Hello" in result.stdout) == (0, True)
-    assert re.fullmatch(rb"-- \d+ tokens in [\d.]+s \([\d.]+ tok/s\)\n", result.stderr)
-
-
-def test_the_changes_begin_with_this_version_and_go_back_in_time(xeroctl):
-    versions = re.findall(r"^### (\d+)\.(\d+)\.(\d+), (20\d\d-[01]\d-[0-3]\d)$", GUIDE.partition("\n## Changes\n")[2], re.MULTILINE)
-    assert ".".join(versions[0][:3]) == xeroctl.__version__
-    assert versions == sorted(versions, key=lambda version: (list(map(int, version[:3])), version[3]), reverse=True)
