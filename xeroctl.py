@@ -1786,6 +1786,12 @@ class _ChunkBuilder:
         self._add_held()
         return self.build(at)
 
+def _source_line(text):
+    """Return the JSON *text* if it can be printed as one line of valid JSON, else None."""
+    if "NaN" in text or "Infinity" in text or "\n" in text:
+        return None
+    return text
+
 class AnswerDecoder:
     """Decode the body of an answer, a stream or one document, from bytes to Chunks.
 
@@ -1910,7 +1916,7 @@ class AnswerDecoder:
             documents = ()
         if len(documents) == len(texts):
             if "NaN" in joined or "Infinity" in joined or "\n" in joined:
-                texts = [None] * len(texts)
+                texts = map(_source_line, texts)
             self._add_documents(documents, texts)
             return
         for text in texts:
@@ -1928,7 +1934,7 @@ class AnswerDecoder:
                 return
             if not is_error(document):
                 self._builder.add(document, source)
-            elif document not in (None, "", []):
+            elif document not in (None, ""):
                 self._fail(build_error(document, self._context))
 
     def _take_document(self):
@@ -2069,26 +2075,30 @@ SYSTEM_ROLES = ("system", "developer")
 class Conversation:
     """The messages of a chat, oldest first, each in the API's shape with every field it came with.
 
-    *messages* are what the next question is sent after.  *unanswered* is the last question while
-    it has no answer: it is saved, and asked again by /retry, but no other question is sent with
-    it.  A turn is a user message and all that follows it up to the next one.
+    *unanswered* is the last question while it has no answer.  It is saved, and /retry asks it
+    again, but no other question is sent with it.  A turn is a user message and all that follows
+    it up to the next one.
     """
 
     def __init__(self, messages=(), unanswered=None):
         self.messages = list(messages)
         self.unanswered = unanswered
 
+    def has_system(self):
+        """Return True if the first message is a system message."""
+        return bool(self.messages) and self.messages[0]["role"] in SYSTEM_ROLES
+
     @property
     def system(self):
         """The text of the leading system message, or None."""
-        if self._has_system():
+        if self.has_system():
             return content_text(self.messages[0])
         return None
 
     def set_system(self, text):
         """Set the leading system message to *text*; remove it where that is empty or None."""
         message = {"role": "system"}
-        if self._has_system():
+        if self.has_system():
             message = self.messages.pop(0)
         if text:
             self.messages.insert(0, dict(message, content=text))
@@ -2096,25 +2106,24 @@ class Conversation:
     @property
     def count(self):
         """The number of messages, the leading system message not counted."""
-        return len(self.all_messages()) - self._has_system()
+        return len(self.all_messages()) - self.has_system()
 
     def all_messages(self):
-        """Return the messages and, as the last one, the question that has no answer."""
+        """Return the messages, with the question that has no answer as the last one."""
         if self.unanswered:
             return self.messages + [self.unanswered]
         return self.messages
 
     def add_turn(self, question, answer):
         """Add the message *question* and the text *answer*; a blank one leaves it unanswered."""
-        self.unanswered = None
+        self.unanswered = question
         if answer.strip():
             self.messages += [question, {"role": "assistant", "content": answer}]
-        else:
-            self.unanswered = question
+            self.unanswered = None
 
     def clear(self):
         """Forget everything but the leading system message."""
-        del self.messages[self._has_system():]
+        del self.messages[self.has_system():]
         self.unanswered = None
 
     def turns(self):
@@ -2129,30 +2138,30 @@ class Conversation:
 
     def last_question(self):
         """Return (question, messages before it) of the newest turn, or (None, [])."""
-        turns = self.turns()
-        if not turns:
-            return None, []
-        messages = self.all_messages()
-        return turns[-1][0], messages[:len(messages) - len(turns[-1])]
+        before = list(self.all_messages())
+        while before:
+            message = before.pop()
+            if message["role"] == "user":
+                return message, before
+        return None, []
 
     def undo(self):
         """Take the newest turn away and return its question, or None where there is no turn."""
         question, before = self.last_question()
         if question:
-            self.messages, self.unanswered = list(before), None
+            self.messages = before
+            self.unanswered = None
         return question
 
     def drop(self, count):
         """Drop the oldest *count* turns, but no system messages; return how many there were."""
-        starts = []
-        for index, message in enumerate(self.messages):
-            if message["role"] == "user":
-                starts.append(index)
+        messages = self.messages
+        starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
         count = min(count, len(starts))
-        end = (starts + [len(self.messages)])[count]
         if count:
-            kept = [message for message in self.messages[:end] if message["role"] in SYSTEM_ROLES]
-            self.messages[:end] = kept
+            end = (starts + [len(messages)])[count]
+            messages[:end] = [message for message in messages[:end]
+                              if message["role"] in SYSTEM_ROLES]
         return count
 
     def last_answer(self):
@@ -2162,11 +2171,8 @@ class Conversation:
                 return content_text(message)
         return None
 
-    def _has_system(self):
-        return bool(self.messages) and self.messages[0]["role"] in SYSTEM_ROLES
-
 def message_text(message):
-    """Return what *message* says, for a reader: its text, and names for all else that is in it."""
+    """Return what *message* says: its text, and the names of all else that is in it."""
     pieces = [content_text(message)]
     for part in get_field(message, "content", list) or ():
         if get_field(part, "text", str) is None:
@@ -2186,27 +2192,26 @@ def build_document(conversation, endpoint, model, saved_at):
         "messages": conversation.all_messages(),
     }, indent=2) + "\n"
 
-def _check_message(message, where):
-    if not isinstance(message, dict) or not get_field(message, "role", str):
-        raise UsageError(f"{where}: no message: it has no role")
+def _check_message(message, name):
+    if not get_field(message, "role", str):
+        raise UsageError(f"{name}: no message: it has no role")
     content = message.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         return
-    has_other = any(message.get(name) for name in ("refusal", "tool_calls", "function_call"))
-    if not isinstance(content, str) and (content is not None or not has_other):
-        raise UsageError(f"{where}: no text in it")
+    fields = ("refusal", "tool_calls", "function_call")
+    if content is None and any(map(message.get, fields)):
+        return
+    if not isinstance(content, str):
+        raise UsageError(f"{name}: no text in it")
 
-def _unusual_roles(messages):
-    """Return a note on the first message whose role is not the usual one there, or no note."""
-    usual = "user"
-    for index, message in enumerate(messages):
-        role = message["role"]
-        if index == 0 and role in SYSTEM_ROLES:
-            continue
-        if role != usual:
-            return [f"messages[{index}]: the role is {role!r} where {usual!r} is usual: "
+def _unusual_roles(conversation):
+    """Return a note on the first role that is not the usual one, or no note."""
+    start = int(conversation.has_system())
+    roles = [message["role"] for message in conversation.all_messages()]
+    for index, usual in zip(range(start, len(roles)), itertools.cycle(("user", "assistant"))):
+        if roles[index] != usual:
+            return [f"messages[{index}]: the role is {roles[index]!r} where {usual!r} is usual: "
                     "all is kept and sent as it is"]
-        usual = "assistant" if role == "user" else "user"
     return []
 
 def parse_conversation(text):
@@ -2214,7 +2219,7 @@ def parse_conversation(text):
 
     That is a document of /save, a list of messages, or an object with messages or data.  A last
     message of the user becomes the unanswered question.  Notes say what is unusual.  Raise
-    UsageError, saying what is wrong and where, for what is no conversation.
+    UsageError for anything else, with what is wrong and where.
     """
     try:
         document = parse_json(text)
@@ -2235,7 +2240,7 @@ def parse_conversation(text):
     if messages and messages[-1]["role"] == "user":
         conversation.unanswered = conversation.messages.pop()
     endpoint, model = get_field(document, "endpoint", str), get_field(document, "model", str)
-    return conversation, endpoint, model, _unusual_roles(messages)
+    return conversation, endpoint, model, _unusual_roles(conversation)
 
 # -- Text -------------------------------------------------------------------------------------
 
@@ -2291,9 +2296,9 @@ def utc_stamp(seconds):
 
 def plural(count, noun):
     """Return *count* and its *noun*, such as 1 token or 2 tokens."""
-    if count in (1, "1"):
-        return f"{count} {noun}"
-    return f"{count} {noun}s"
+    if str(count) != "1":
+        noun += "s"
+    return f"{count} {noun}"
 
 def end_line(text):
     """Return *text* with a newline at its end."""
@@ -2375,7 +2380,9 @@ def tokens_per_second(reply):
 
 def usage_fields(reply, seconds, streamed):
     """Return name -> value of the known figures of *reply*, which took *seconds*."""
-    fields = {name + "_tokens": count for name, count in zip(Usage._fields, reply.usage)}
+    fields = {}
+    for name, count in reply.usage._asdict().items():
+        fields[name + "_tokens"] = count
     fields["seconds"] = seconds
     if streamed:
         fields["first_token_seconds"] = reply.first_seconds
@@ -2397,14 +2404,16 @@ def status_bar(endpoint, model, totals, messages, columns):
     mark = "~"
     if totals.exact:
         mark = ""
-    parts = [f"endpoint: {endpoint}", f"model: {model}"]
-    if not model:
-        parts.pop()
+    parts = [f"endpoint: {endpoint}"]
+    if model:
+        parts.append(f"model: {model}")
     parts.append(f"tokens: {mark}{totals.prompt}/{mark}{totals.completion}")
     parts.append(f"msgs: {messages}")
-    while len(parts) > 1 and display_width(one_line(" | ".join(parts))) > columns:
+    while True:
+        line = one_line(" | ".join(parts))
+        if display_width(line) <= columns or len(parts) == 1:
+            return truncate(line, columns)
         del parts[0]
-    return truncate(one_line(" | ".join(parts)), columns)
 
 def percentile(sorted_values, percent):
     """Return the value below which *percent* of *sorted_values* lie, linear between ranks."""
@@ -2467,11 +2476,10 @@ class _WordWrapper:
 
     def add_blanks(self, text, style):
         self.end_word()
-        blanks = self._expand_tabs(text)
-        if self._column + len(blanks) > self._limit:
-            self._column = self._limit + 1  # the next word is moved
-        else:
-            self._write(blanks, style)
+        end = self._column + len(self._expand_tabs(text))
+        if end <= self._limit:
+            self._write(text, style)
+        self._column = end
 
     def add_piece(self, text, style):
         if not self._word:
@@ -2523,10 +2531,10 @@ _ITALIC = "3"
 _CYAN = "36"
 _LINE_STYLES = {"fence": [_CYAN], "code": [_CYAN], "heading": [_BOLD]}
 _MARK_STYLES = {"*": _ITALIC, "_": _ITALIC, "**": _BOLD, "__": _BOLD,
-                "***": "1;3", "___": "1;3"}  # of code: _CYAN
+                "***": "1;3", "___": "1;3"}  # code spans: _CYAN
 
-# Patterns are compiled by re at their first use: most runs of the command have none.
-# The marks of quotes and list items, and what kind of line follows.
+# re compiles these patterns at their first use: most runs need none of them.
+# A line: the marks of quotes and list items, then what tells its kind.
 _LINE = r"""(?x)
     ( (?: [ \t]* (?: > | (?: [-*+] | \d{1,9}[.)] ) (?=[ \t]) ) )* [ \t]* )
     (?: (?P<undecided> (?: [-*+] | \d{1,9}[.)]? | \#{1,6} | `{1,2} | `{3,}[^`\n]* | ~+[ \t]* )? \Z )
@@ -2993,7 +3001,7 @@ class Waiter:
 # -- Files ------------------------------------------------------------------------------------
 
 LOCK_SECONDS = 0.5
-LOCK_GAP_SECONDS = 0.001  # after a release: a process that waits is next, not we again
+LOCK_GAP_SECONDS = 0.001  # after a release, so that a process that waits is the next one
 MAX_HISTORY_ENTRIES = 1000
 MAX_HISTORY_BYTES = 4 * 1024 * 1024
 MAX_KEPT_CONVERSATIONS = 50
@@ -3034,13 +3042,6 @@ def native_path(text):
     if not text or "\0" in text:
         raise UsageError("a file name is needed")
     return os.path.expanduser(os.fsdecode(text.encode("utf-8", "surrogateescape")))
-
-def shown_path(path):
-    """Return *path* as UTF-8 text for a reader, the home folder as ~."""
-    home = os.path.expanduser("~")
-    if home != "/" and path.startswith(home + os.sep):
-        path = "~" + path[len(home):]
-    return utf8_argument(path)
 
 def read_file(path, limit=None):
     """Return the bytes of the file *path*.
@@ -3094,16 +3095,17 @@ def make_private_folder(path):
     except OSError as error:
         raise UsageError(f"cannot make {utf8_argument(path)}: {os_reason(error)}") from error
 
-def _try_lock(fcntl, descriptor, seconds):
+def _try_lock(descriptor, seconds):
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        from fcntl import LOCK_EX, LOCK_NB, flock
+        flock(descriptor, LOCK_EX | LOCK_NB)
     except BlockingIOError:
-        lock = functools.partial(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        wait = functools.partial(flock, descriptor, LOCK_EX)
         with contextlib.suppress(OSError):  # it takes too long
-            Waiter().run_in_thread(lock, seconds)  # without signals: no write ends half done
+            Waiter().run_in_thread(wait, seconds)  # without signals: no write ends half done
             return True
         return False
-    except OSError:  # no locks here
+    except (ImportError, OSError):  # no locks here
         pass
     return True
 
@@ -3112,17 +3114,15 @@ def locked(path, seconds=LOCK_SECONDS):
     """Hold the lock of the file or folder *path*, which other processes of ours ask for too.
 
     Yield False where another process still holds it after *seconds*: go on without it then.
-    Without locks to be had (not POSIX, some network file systems) nobody holds one: yield True.
+    Where there are no locks (not POSIX, some network file systems), yield True.
     """
-    descriptor = None
     try:
-        import fcntl
         descriptor = os.open(path, os.O_RDONLY)
-    except (ImportError, OSError):
+    except OSError:  # a folder on Windows, for example
         yield True
         return
     try:
-        yield _try_lock(fcntl, descriptor, seconds)
+        yield _try_lock(descriptor, seconds)
     finally:
         os.close(descriptor)
         Waiter().pause(LOCK_GAP_SECONDS)
@@ -3130,18 +3130,12 @@ def locked(path, seconds=LOCK_SECONDS):
 # An entry of the history is one line, a JSON string, since it may hold line ends.
 
 def _history_lines(path):
-    """Return the lines in the newest MAX_HISTORY_BYTES of the history file *path*."""
     if not os.path.exists(path):
         return []
     if not os.path.isfile(path):
         raise UsageError(f"{utf8_argument(path)} is no regular file")
     with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - MAX_HISTORY_BYTES))
-        lines = re.findall(b"[^\n]*\n|[^\n]+\\Z", file.read())
-    if size > MAX_HISTORY_BYTES:
-        del lines[0]  # the rest of it
-    return lines
+        return file.readlines()
 
 def read_history(path):
     """Return the newest entries of the history file *path*, oldest first."""
@@ -3153,18 +3147,17 @@ def read_history(path):
     return entries
 
 def _append_line(path, lines, line):
-    if lines and not lines[-1].endswith(b"\n"):  # a write that was cut off
+    if lines and not lines[-1].endswith(b"\n"):  # a write was cut off
         line = b"\n" + line
-    size = sum(map(len, lines)) + len(line)
-    if size <= MAX_HISTORY_BYTES and len(lines) < MAX_HISTORY_ENTRIES:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "ab") as file:
-            file.write(line)
+    kept = (lines + [line])[-MAX_HISTORY_ENTRIES:]
+    while sum(map(len, kept)) > MAX_HISTORY_BYTES:
+        del kept[0]
+    if len(kept) <= len(lines):
+        write_private(path, b"".join(kept).decode("utf-8", "replace"))
         return
-    lines = (lines + [line])[-MAX_HISTORY_ENTRIES:]
-    while size > MAX_HISTORY_BYTES:
-        size -= len(lines.pop(0))
-    write_private(path, b"".join(lines).decode("utf-8", "replace"))
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    with os.fdopen(descriptor, "ab") as file:
+        file.write(line)
 
 def append_history(path, entry):
     """Add *entry* to the history file *path* and drop the oldest entries over its limits.
@@ -3190,7 +3183,7 @@ def append_history(path, entry):
 _CONVERSATION_NAME = re.compile(r"(\d{8}T\d{6}Z)-(\d+)(-\d+)?\.json\Z")
 
 def read_conversation(path):
-    """Return ((conversation, endpoint, model, notes), text) of the regular file *path*.
+    """Return (what parse_conversation() returns, bytes) of the regular file *path*.
 
     Raise UsageError where it is no conversation.
     """
@@ -3198,8 +3191,7 @@ def read_conversation(path):
         raise UsageError(f"cannot read {utf8_argument(path)}: it is no regular file")
     data = read_file(path, MAX_CONVERSATION_BYTES)
     try:
-        text = decode_prompt(data, "it")
-        return parse_conversation(text), data.decode("utf-8")
+        return parse_conversation(decode_prompt(data, "it")), data
     except (UnusableInputError, UsageError) as error:
         raise UsageError(f"{utf8_argument(path)}: {error}") from error
 
@@ -3217,9 +3209,8 @@ def list_conversations():
     paths = [os.path.join(folder, name) for name in names]
     return sorted(paths, key=_written_at, reverse=True)
 
-def new_conversation_path(started=None):
-    """Return a free path in the state folder for a conversation *started* at that stamp, or now."""
-    started = started or time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+def _free_path(started):
+    """Return a free path in the state folder for a conversation *started* at that UTC stamp."""
     stem = state_path(os.path.join("conversations", f"{started}-{os.getpid()}"))
     path = stem + ".json"
     number = 1
@@ -3228,37 +3219,23 @@ def new_conversation_path(started=None):
         path = f"{stem}-{number}.json"
     return path
 
-def _may_run(process):
-    if os.name != "posix":  # os.kill ends processes there
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        return True
-    return True
+def claim_conversation(path):
+    """Rename the file *path* in the state folder after our process, and return its new path.
 
-def newest_conversation(claims):
-    """Return (path, what read_conversation() returns) of the one in the state folder written last.
-
-    With *claims* its name gets our process, and path is the new one.  The path is None where
-    another process may still keep it, or nothing is claimed.  Raise UsageError where there is none.
+    Return None where the process in its name may still run: the conversation is that one's.
     """
-    paths = list_conversations()
-    if not paths:
-        folder = shown_path(state_path("conversations"))
-        raise UsageError(f"there is no conversation to continue in {folder}")
-    newest = read_conversation(paths[0])
-    started, process = _CONVERSATION_NAME.match(os.path.basename(paths[0])).groups()[:2]
-    if not claims or _may_run(int(process)):
-        return None, newest
-    ours = new_conversation_path(started)
+    started, process = _CONVERSATION_NAME.match(os.path.basename(path)).groups()[:2]
     try:
-        os.rename(paths[0], ours)
-    except OSError:  # another process was faster
-        return None, newest
-    return ours, newest
+        if os.name == "posix":  # os.kill ends processes elsewhere
+            os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        ours = _free_path(started)
+        with contextlib.suppress(OSError):  # another process was faster
+            os.rename(path, ours)
+            return ours
+    except OSError:  # another user's process
+        pass
+    return None
 
 class ConversationStore:
     """Keeps a conversation on disk: in the file that the user named, else in the state folder.
@@ -3267,32 +3244,28 @@ class ConversationStore:
     never raised: the chat goes on.
     """
 
-    def __init__(self, console, path=None, text=None, uses_state=True):
+    def __init__(self, console, path=None, data=None, uses_state=True):
         self.path = path  # of the conversation; None: choose one in the state folder
         self.named = path is not None and os.path.dirname(path) != state_path("conversations")
         self.uses_state = uses_state
         self.saved = False  # something of this chat was written
-        self._text = text  # that the file held when we last read or wrote it; None: it is missing
+        self._data = data  # that the file held when we last read or wrote it; None: it is missing
         self._console = console
 
     def save(self, conversation, endpoint, model):
         """Write *conversation*, once it has an answer or was written before."""
-        is_begun = self._text or len(conversation.turns()) > bool(conversation.unanswered)
-        if not is_begun or not (self.path or self.uses_state):
+        if not self.path and not self.uses_state:
+            return
+        if self._data is None and not conversation.last_answer():
             return
         text = build_document(conversation, endpoint, model, utc_stamp(time.time()))
-        is_first = not os.path.isdir(state_path("conversations"))
         try:
             if self.path is None:
                 self._start_file()
             self._write(text)
         except UsageError as error:
-            self._leave_file(str(error))
+            self._leave_file(error)
             self.save(conversation, endpoint, model)
-            return
-        if is_first and not self.named:
-            folder = shown_path(os.path.dirname(state_path("history")))
-            self._console.note(f"chats are kept in {folder}: --no-history keeps none")
 
     def begin_new(self, conversation, endpoint, model):
         """End this conversation: the next save begins a new file, or replaces the named one.
@@ -3300,34 +3273,37 @@ class ConversationStore:
         Before that, what the named one holds is copied to the state folder.
         """
         if not self.named:
-            self.path = self._text = None
+            self.path = self._data = None
         elif self.uses_state:
             ConversationStore(self._console).save(conversation, endpoint, model)
 
     def _start_file(self):
-        make_private_folder(state_path("conversations"))
-        self.path = new_conversation_path()
+        folder = state_path("conversations")
+        if not os.path.isdir(folder):
+            make_private_folder(folder)
+            self._console.note(f"chats are kept in {utf8_argument(os.path.dirname(folder))}: "
+                               "--no-history keeps none")
+        self.path = _free_path(time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
         for old in list_conversations()[MAX_KEPT_CONVERSATIONS - 1:]:
             with contextlib.suppress(OSError):
                 os.unlink(old)
 
     def _write(self, text):
         with locked(os.path.dirname(os.path.realpath(self.path))):
-            if os.path.lexists(self.path) and (
-                    self._text is None or read_file(self.path) != self._text.encode("utf-8")):
+            exists = os.path.lexists(self.path)
+            if exists and (self._data is None or read_file(self.path) != self._data):
                 raise UsageError(f"another process changed {utf8_argument(self.path)}")
             write_private(self.path, text)
-        self._text = text
+        self._data = text.encode("utf-8", "replace")
         self.saved = True
 
     def _leave_file(self, reason):
         """Go on in the state folder after the named file; after that, keep nothing."""
+        self.uses_state = self.uses_state and self.named
         outcome = "the conversation is not kept, and lost at the end"
-        if self.named and self.uses_state:
+        if self.uses_state:
             outcome = "the conversation is kept in the state folder from here on"
-        else:
-            self.uses_state = False
-        self.path = self._text = None
+        self.path = self._data = None
         self.named = False
         self._console.warn(f"{reason}: {outcome}")
 
@@ -4211,7 +4187,7 @@ class Output:
 
         if self._fd < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        rest = text.encode(self._encoding, "replace")
+        rest = memoryview(text.encode(self._encoding, "replace"))
         while rest:
             if self._console:
                 rest = rest[self._console.write(rest):]
@@ -4491,8 +4467,9 @@ class Console:
 
     def print_error(self, error):
         """Report the XeroctlError *error* in one line, with -o json as an object."""
-        for line in (error.body or "").split("\n") if self.verbose else ():
-            self.trace("< " + line.rstrip("\r"))
+        if error.body:
+            for line in error.body.split("\n"):
+                self.trace("< " + line.rstrip("\r"))
         if self.json:
             fields = {name: value for name, value in vars(error).items() if name != "body"}
             self._print_object(kind=error.kind, message=str(error), **fields)
@@ -4667,8 +4644,8 @@ def send_dry_run(request, settings, console):
 class TextView:
     """Show an answer as text, as it comes; a whole answer in a pipe is one write.
 
-    On a terminal the text is styled as Markdown unless *plain*, and what is inside <think> is
-    dim.  With *shows_reasoning* all reasoning goes to stderr instead.
+    The text is styled as Markdown, with the <think> part dim, unless *plain*.  With
+    *shows_reasoning* all reasoning goes to stderr instead.
     """
 
     def __init__(self, console, streamed, plain, shows_reasoning):
@@ -4796,16 +4773,17 @@ def build_view(console, streamed, plain=False, show_reasoning=False):
         return JsonView(console, streamed)
     return TextView(console, streamed, plain or console.out.dumb, show_reasoning)
 
-def receive_answer(request, settings, console, reply, show):
-    """Send *request*, and hand each Chunk of the answer to *reply* and to *show*.
+def receive_answer(request, settings, console, reply, show=None):
+    """Send *request*, add each Chunk of the answer to *reply*, and call *show* with it.
 
-    In the end *reply* knows the seconds that the answer, and its first token, took.
+    Set the seconds that the answer took, and those until its first token, in *reply*.
     """
     log = ConnectLog(console.trace)
     with contextlib.closing(stream_answer(request, settings, console, log)) as chunks:
         for chunk in chunks:
             reply.add(chunk)
-            show(chunk)
+            if show:
+                show(chunk)
     reply.seconds = time.monotonic() - log.sent_at
     if reply.first_at is not None:
         reply.first_seconds = reply.first_at - log.sent_at
@@ -5035,19 +5013,55 @@ CHAT_KEYS = """
 
 # Typing
 
-class TypeAhead:
-    """The modes of the terminal: what is typed during a reply waits, unseen, for the next prompt.
+class LineEditor:
+    """Reads lines typed at a terminal: with readline, and its history, where this Python has it.
 
-    With readline the terminal stays out of canonical mode, where a line has at most 4,095 bytes,
-    and marks pastes.  As a context manager it leaves the terminal as it was, also at Ctrl+Z and
-    Ctrl+\\.
+    *complete* is called with the line up to the cursor and returns the lines it may become.
+
+    What is typed during a reply waits, unseen, for the next prompt.  With readline the terminal
+    stays out of canonical mode, where a line has at most 4,095 bytes, and marks pastes.  As a
+    context manager it leaves the terminal as it was, also at Ctrl+Z and Ctrl+\\.
     """
 
-    def __init__(self, console, editor):
+    def __init__(self, console, history_path, complete):
         self._console = console
-        self._editor = editor
-        self._original = None  # attributes of the terminal
+        self._history_path = history_path  # None: inputs are not kept
+        self._complete = complete
+        self._candidates = []
+        self._inserted = ""  # put on the next line before anything is typed
+        self._last_entry = None
+        self._told_lock = False
+        self._bold = "{}"
+        self._original = None  # attributes of the terminal at the start
         self._occasion = None
+        self.marks_pastes = False
+        self._readline = None
+        if console.out.is_terminal:
+            self._set_up_readline()
+        if history_path:
+            for entry in read_history(history_path):
+                self._recall(entry)
+
+    def _set_up_readline(self):
+        try:
+            import readline
+            readline.set_auto_history(False)
+        except (ImportError, AttributeError):  # PyPy's is another one
+            return
+        self._readline = readline
+        readline.set_completer_delims(" ")
+        readline.set_completer(self._next_candidate)
+        readline.set_startup_hook(self._insert)
+        backend = getattr(readline, "backend", readline.__doc__ or "")  # an attribute since 3.13
+        if "editline" in backend or "libedit" in backend:
+            readline.parse_and_bind("bind ^I rl_complete")
+            return
+        readline.parse_and_bind("tab: complete")
+        if not self._console.out.dumb:
+            readline.parse_and_bind("set enable-bracketed-paste on")
+            self.marks_pastes = True
+        if self._console.out.styled:  # \1 and \2 enclose what has no width
+            self._bold = f"\1{BOLD}\2{{}}\1{RESET}\2"
 
     def __enter__(self):
         with contextlib.suppress(ImportError):  # not POSIX
@@ -5068,25 +5082,7 @@ class TypeAhead:
     def set_up(self, occasion):
         """Set the modes for a "reply", a "prompt", or as they were at the start (None)."""
         self._occasion = occasion
-        self._apply(occasion)
-
-    def _apply(self, occasion):
-        if not self._original or not self._console.err.in_foreground():
-            return
-        import termios
-
-        modes = self._original[:6] + [list(self._original[6])]
-        if occasion == "reply":  # not at the prompt: readline echoes only where the terminal does
-            modes[3] &= ~termios.ECHO
-        if occasion and self._editor.readline:  # as readline sets them
-            modes[0] &= ~(termios.ICRNL | termios.INLCR)
-            modes[3] &= ~(termios.ICANON | termios.IEXTEN)
-            modes[6][termios.VMIN] = 1
-            modes[6][termios.VTIME] = 0
-        with contextlib.suppress(termios.error):
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
-        if self._editor.marks_pastes and occasion != "prompt":  # there readline does it
-            self._console.out.draw("\x1b[?2004h" if occasion else "\x1b[?2004l")
+        self._resume()
 
     def _restore(self):
         self._apply(None)
@@ -5099,83 +5095,68 @@ class TypeAhead:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-class LineEditor:
-    """Reads lines typed at a terminal: with readline, and its history, where this Python has it.
-
-    *complete* is called with the line up to the cursor and returns the lines it may become.
-    """
-
-    def __init__(self, console, history_path, complete):
-        self._console = console
-        self._history_path = history_path  # None: inputs are not kept
-        self._complete = complete
-        self._candidates = []
-        self._inserted = ""  # put on the next line before anything is typed
-        self._last_entry = None
-        self._told_lock = False
-        self._bold = "{}"
-        self.abandoned = ""  # what stood on the line when Ctrl+C ended it
-        self.marks_pastes = False
-        self.readline = None
-        if console.out.is_terminal:
-            self._set_up_readline()
-        # Without readline the cursor stays behind the prompt when the input ends.
-        self.ends_line = self.readline is not None and not console.out.dumb
-        if history_path:
-            for entry in read_history(history_path):
-                self._recall(entry)
-
-    def _set_up_readline(self):
-        try:
-            import readline
-            readline.set_auto_history(False)
-        except (ImportError, AttributeError):  # PyPy's is another one
+    def _apply(self, occasion):
+        if not self._original or not self._console.err.in_foreground():
             return
-        self.readline = readline
-        readline.set_completer_delims(" ")
-        readline.set_completer(self._next_candidate)
-        readline.set_startup_hook(self._insert)
-        backend = getattr(readline, "backend", readline.__doc__ or "")  # an attribute since 3.13
-        if "editline" in backend or "libedit" in backend:
-            readline.parse_and_bind("bind ^I rl_complete")
-            return
-        readline.parse_and_bind("tab: complete")
-        if not self._console.out.dumb:
-            readline.parse_and_bind("set enable-bracketed-paste on")
-            self.marks_pastes = True
-        if self._console.out.styled:  # \1 and \2 enclose what has no width
-            self._bold = f"\1{BOLD}\2{{}}\1{RESET}\2"
+        import termios
+
+        modes = self._original[:6] + [list(self._original[6])]
+        if occasion == "reply":  # not at the prompt: readline echoes only where the terminal does
+            modes[3] &= ~termios.ECHO
+        if occasion and self._readline:  # as readline sets them
+            modes[0] &= ~(termios.ICRNL | termios.INLCR)
+            modes[3] &= ~(termios.ICANON | termios.IEXTEN)
+            modes[6][termios.VMIN] = 1
+            modes[6][termios.VTIME] = 0
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
+        if self.marks_pastes and occasion != "prompt":  # there readline does it
+            self._console.out.draw("\x1b[?2004h" if occasion else "\x1b[?2004l")
 
     def read(self, prompt):
-        """Return the next line, without its end; raise EOFError at the end of the input."""
-        self.abandoned = ""
-        if self._console.out.is_terminal:
-            line = utf8_argument(self._read_typed(self._bold.format(prompt)))
-        else:
-            line = utf8_argument(self._console.read_line(prompt))
-        if not self.readline and len(line.encode("utf-8", "replace")) >= MAX_CANONICAL_BYTES:
+        """Return the next line, without its end.
+
+        Raise EOFError at the end of the input, Terminated where the terminal hung up.
+        """
+        self.set_up("prompt")
+        try:
+            line = utf8_argument(self._read_typed(prompt))
+        except EOFError:
+            if not self._console.stdin_is_terminal():  # it was closed
+                raise Terminated(getattr(signal, "SIGHUP", signal.SIGTERM)) from None
+            if not self._readline or self._console.out.dumb:  # the cursor is behind the prompt
+                self._console.print_line("")
+            raise
+        except KeyboardInterrupt:
+            if not self._typed_so_far():
+                self._console.print_line("")
+                self._console.print_line("Ctrl+D or /quit ends the session")
+            raise
+        except Terminated:
+            self._console.print_line("")
+            raise
+        if not self._readline and len(line.encode("utf-8", "replace")) >= MAX_CANONICAL_BYTES:
             raise UnusableInputError(f"the terminal cut the line at {MAX_CANONICAL_BYTES:,} bytes: "
                                      "nothing was sent: /edit and /attach take more")
         return line
 
     def _read_typed(self, prompt):
+        if not self._console.out.is_terminal:
+            return self._console.read_line(prompt)
         while True:
             try:
-                return self._console.waiter.prompt(input, prompt)
+                return self._console.waiter.prompt(input, self._bold.format(prompt))
             except Suspended:
                 self._inserted = self._typed_so_far()
                 self._console.print_line("")
                 self._console.waiter.suspend()
-            except KeyboardInterrupt:
-                self.abandoned = self._typed_so_far()
-                raise
             except UnicodeDecodeError:
                 raise UnusableInputError(
                     "what was typed is not text in the terminal's encoding") from None
 
     def _typed_so_far(self):
-        if self.readline:
-            return self.readline.get_line_buffer()
+        if self._readline:
+            return self._readline.get_line_buffer()
         return ""
 
     def remember(self, entry):
@@ -5198,19 +5179,19 @@ class LineEditor:
 
     def _recall(self, entry):
         self._last_entry = entry
-        if not self.readline:
+        if not self._readline:
             return
         from codecs import lookup
 
-        encoding = lookup(getattr(sys.stdin, "encoding", None) or "utf-8").name
+        encoding = lookup(sys.stdin.encoding or "utf-8").name
         if encoding == "ascii":  # of the C locale before Python 3.7
             encoding = "utf-8"
         data = entry.replace("\0", "").encode(encoding, "replace")
-        self.readline.add_history(data.decode("ascii", "surrogateescape"))  # takes any bytes so
+        self._readline.add_history(data.decode("ascii", "surrogateescape"))  # takes any bytes so
 
     def _insert(self):
         if self._inserted:
-            self.readline.insert_text(self._inserted)
+            self._readline.insert_text(self._inserted)
         self._inserted = ""
 
     def _next_candidate(self, text, state):
@@ -5223,7 +5204,7 @@ class LineEditor:
 
     def _find_candidates(self, text):
         """Return what the word *text* before the cursor may become; a tab elsewhere is a tab."""
-        data = os.fsencode(self.readline.get_line_buffer())[:self.readline.get_endidx()]
+        data = os.fsencode(self._readline.get_line_buffer())[:self._readline.get_endidx()]
         line = data.decode("utf-8", "replace")
         if not line.startswith("/"):
             return [text + "\t"]
@@ -5238,9 +5219,8 @@ def complete_path(start):
     full = os.path.expanduser(start)
     names = []
     for path in sorted(glob.glob(glob.escape(full) + "*")):
-        if os.path.isdir(path):
-            path += "/"
-        names.append(start + path[len(full):])
+        name = start + path[len(full):]
+        names.append(name + "/" if os.path.isdir(path) else name)
     return names
 
 def find_chat_command(name):
@@ -5258,13 +5238,9 @@ def complete_line(line, find_names):
     """
     name, blank, start = line.partition(" ")
     if not blank:
-        lines = []
-        for command in CHAT_COMMANDS:
-            if name and command.name.startswith(name.lower()):
-                lines.append(command.name)
-                if command.argument:
-                    lines[-1] += " "
-        return lines
+        commands = [command for command in CHAT_COMMANDS
+                    if name and command.name.startswith(name.lower())]
+        return [f"{command.name} " if command.argument else command.name for command in commands]
     command = find_chat_command(name)
     if command is None:
         return []
@@ -5296,13 +5272,6 @@ def parse_setting(name, value):
     what = "a whole number" if convert is int else "a number"
     raise UsageError(f"{name} must be {what} from {low} to {high}, not {value!r}")
 
-def nearest_command(name):
-    """Return ": did you mean NAME?" for a command much like *name*, else nothing."""
-    from difflib import get_close_matches
-
-    names = get_close_matches(name.lower(), [command.name for command in CHAT_COMMANDS], 1)
-    return "".join(f": did you mean {near}?" for near in names)
-
 def system_prompt(options):
     """Return the text of --from-file, else of --system, else None."""
     if not options.from_file:
@@ -5325,7 +5294,7 @@ def clipboard_sequence(data):
     return sequence
 
 def run_editor(editor, path, waiter):
-    """Return the exit status of the program *editor*, which gets the Ctrl+C's meanwhile."""
+    """Return the exit status of the program *editor*; it gets every Ctrl+C meanwhile."""
     import subprocess
     from shlex import split
 
@@ -5372,19 +5341,15 @@ def read_edited(text, console):
 
 def fetch_model_names(settings):
     """Return the names of the models behind the endpoint; none where it takes over a second."""
-    quick = settings._replace(timeout=MODELS_SECONDS, connect_timeout=MODELS_SECONDS)
-
-    def fetch():  # on a thread, where only an OSError may come out
-        with contextlib.suppress(XeroctlError):
-            url = endpoint_url(quick.base_url, quick.endpoint, "/models")
-            request = build_request("GET", url, quick)
-            document = receive_json(request, quick, Waiter(), ConnectLog())
-            return list_items(document, "models")
+    settings = settings._replace(timeout=MODELS_SECONDS, connect_timeout=MODELS_SECONDS)
+    url = endpoint_url(settings.base_url, settings.endpoint, "/models")
+    request = build_request("GET", url, settings)
+    fetch = functools.partial(receive_json, request, settings, Waiter(), ConnectLog())
+    try:
+        document = Waiter().run_in_thread(fetch, MODELS_SECONDS)
+        models = list_items(document, "models")
+    except (OSError, XeroctlError):
         return []
-
-    models = []
-    with contextlib.suppress(OSError):  # it takes too long
-        models = Waiter().run_in_thread(fetch, MODELS_SECONDS)
     names = [get_field(model, "id", str) for model in models]
     return sorted(filter(None, names))
 
@@ -5407,19 +5372,18 @@ class Chat:
         self.model = options.model  # asked for, else the last that answered
         self.totals = Totals(0, 0, True)
         self.attachments = []  # go with the next message
-        self.status = EXIT_OK  # of the first failure
+        self.status = EXIT_OK  # of a pipe's first failure
         self._options = options
         self._show_reasoning = options.show_reasoning
         self._last_prompt = None  # tokens
-        self._saved = None  # (path, text) of /save or /load
+        self._saved = None  # (path, bytes) of /save or /load
         self._listed = []  # paths that /load listed
         self._models = None  # names, once they are asked for
         self._ended = False
-        self.editor = None
         if self.typed:
             history = state_path("history") if store.uses_state else None
-            self.editor = LineEditor(console, history, self._complete)
-            self.type_ahead = TypeAhead(console, self.editor)
+            complete = functools.partial(complete_line, find_names=self._find_names)
+            self.editor = LineEditor(console, history, complete)
 
     # The loop
 
@@ -5430,64 +5394,48 @@ class Chat:
         """
         while not self._ended:
             try:
-                self._take_input(question)
+                if question:
+                    self._ask(question, self.conversation.messages)
+                else:
+                    self._take_input()
             except KeyboardInterrupt:  # also one that comes while another is dealt with
                 if not self.typed:
                     raise
             question = None
         if not self.console.quiet:
             self._say_how_to_continue()
-            self._print(self._totals_line())
-        return EXIT_OK if self.typed else self.status
+            self._print_totals()
+        return self.status
 
-    def _take_input(self, question):
-        line = None
+    def _take_input(self):
         try:
-            if question:
-                self._ask(question, self.conversation.messages)
-            else:
-                line = self._read_input()
-                self._do_line(line)
-        except OutputError:
-            raise
+            line = self._read_input()
+        except EOFError:
+            self._ended = True
+            return
+        except UnusableInputError as error:
+            self._fail(error)
+            return
+        if not line.strip():
+            return
+        try:
+            self._do_line(line)
         except XeroctlError as error:
             self._fail(error)
-            if line is None and not isinstance(error, UnusableInputError):  # no more can be read
-                self._ended = True
-            if line and not self.typed:
-                self._ended = True
+            self._ended = not self.typed
 
     def _read_input(self):
-        """Return what the person types next, or the next line of a pipe; "" at the end."""
-        try:
-            if not self.typed:
-                return decode_prompt(self.console.read_piped_line(), "standard input")
-            return self._read_typed()
-        except EOFError:
-            if self.typed and not self.console.stdin_is_terminal():  # it was closed
-                raise Terminated(getattr(signal, "SIGHUP", signal.SIGTERM)) from None
-            self._ended = True
-        except KeyboardInterrupt:
-            if self.typed and not self.editor.abandoned:
-                self._print("\nCtrl+D or /quit ends the session")
-            raise
-        except Terminated:
-            if self.typed:
-                self._print("")
-            raise
-        return ""
-
-    def _read_typed(self):
+        if not self.typed:
+            return decode_prompt(self.console.read_piped_line(), "standard input")
         if not self.console.quiet:
             bar = status_bar(self.settings.endpoint, self.model, self.totals,
                              self.conversation.count, self.console.err.width())
             self.console.print_line(bar, dim=True)
-        self.type_ahead.set_up("prompt" if self.editor.readline else None)
-        line = self._read_line("> ")
+        line = self.editor.read("> ")
         while line.endswith("\\"):
             line = line[:-1] + "\n"
             try:
-                line += self._read_line(". ")
+                line += self.editor.read(". ")
             except EOFError:
                 break
             except BaseException:
@@ -5495,28 +5443,23 @@ class Chat:
                 raise
         return line
 
-    def _read_line(self, prompt):
-        try:
-            return self.editor.read(prompt)
-        except EOFError:
-            if not self.editor.ends_line:
-                self._print("")
-            raise
-
     def _do_line(self, line):
         """Do a slash command, or send a message."""
-        if not line.strip():
-            return
-        if self.editor:
+        if self.typed:
             self.editor.remember(line)
         if not line.startswith("/"):
             self._ask_text(line[line.startswith(" /"):].rstrip())
             return
-        name, *words = line.split(None, 1)
-        argument = "".join(words).strip()
+        name = line.split()[0]
+        argument = line[len(name):].strip()
         command = find_chat_command(name)
         if command is None:
-            raise UsageError(f"no command {name}{nearest_command(name)}: /help lists them. "
+            from difflib import get_close_matches
+
+            names = [command.name for command in CHAT_COMMANDS]
+            near = get_close_matches(name.lower(), names, 1)
+            advice = "".join(f": did you mean {other}?" for other in near)
+            raise UsageError(f"no command {name}{advice}: /help lists them. "
                              "A space in front sends the line as a message")
         if argument and not command.argument:
             raise UsageError(f"{command.name} takes no argument")
@@ -5525,24 +5468,28 @@ class Chat:
         getattr(self, "do_" + command.name[1:])(argument)
 
     def _fail(self, error):
+        if isinstance(error, OutputError):
+            raise error
         self.console.print_error(error)
-        self.status = self.status or error.exit_status
+        if not self.typed:
+            self.status = self.status or error.exit_status
 
     def _print(self, text):
         """Show the lines of *text* to the person, not on stdout."""
         for line in text.split("\n"):
             self.console.print_line(line)
 
-    def _totals_line(self):
-        mark = "" if self.totals.exact else "~"
-        return (f"tokens: {mark}{self.totals.prompt} prompt, {mark}{self.totals.completion} "
-                f"completion; messages: {self.conversation.count}")
+    def _print_totals(self):
+        prompt, completion, is_exact = self.totals
+        mark = "" if is_exact else "~"
+        self._print(f"tokens: {mark}{prompt} prompt, {mark}{completion} completion; "
+                    f"messages: {self.conversation.count}")
 
     def _say_how_to_continue(self):
         if self.typed and self.store.saved:
             command = "xeroctl chat --continue"
             if self.store.named:
-                command = f"xeroctl chat -i --conversation {shown_path(self.store.path)}"
+                command = f"xeroctl chat -i --conversation {utf8_argument(self.store.path)}"
             self.console.print_line(f"to continue: {command}", dim=True)
 
     # Asking
@@ -5560,29 +5507,27 @@ class Chat:
         a question that has an answer already keeps that, also when a new one breaks off.
         """
         conversation = self.conversation
-        replaces = len(before) < len(conversation.messages)
-        if not replaces:
+        keeps_old = len(before) < len(conversation.messages)
+        rest = "the old answer stays"
+        if not keeps_old:
             conversation.unanswered = question
-        keeps_part = not replaces
+            rest = "/retry asks again"
         reply = Reply(token_limit(self.sampling))
         try:
             self._show_answer(before + [question], reply)
-            keeps_part = True
+            keeps_old = False
         except KeyboardInterrupt:
-            keeps_part = True
+            keeps_old = False
             if not self.typed:
                 raise
             if not reply.text.strip():
-                rest = "the old answer stays" if replaces else "/retry asks again"
                 self._print(f"stopped: {rest}")
-        except OutputError:
-            raise
         except XeroctlError as error:
             self._fail(error)
             if error.exit_status == EXIT_REFUSED and CONTEXT_FULL.search(str(error)):
                 self.console.note("/drop forgets the oldest turns: then /retry")
         finally:
-            if keeps_part and reply.text.strip():
+            if reply.text.strip() and not keeps_old:
                 conversation.messages = list(before)
                 conversation.add_turn(question, reply.text)
             self._count(reply)
@@ -5592,90 +5537,83 @@ class Chat:
 
     def _show_answer(self, messages, reply):
         if self.typed:
-            self.type_ahead.set_up("reply")
+            self.editor.set_up("reply")
         request = build_chat_request(self.sampling, self.settings, messages, True)
         view = build_view(self.console, True, self._options.plain, self._show_reasoning)
         show_answer(request, self.settings, self.console, view, reply)
         report_reply(reply, reply.seconds, True, self._options.show_usage, self.console)
 
     def _count(self, reply):
-        usage = reply.usage
-        completion = usage.completion
-        is_exact = completion is not None or not reply.started
-        if completion is None:
-            completion = reply.deltas
-        self.totals = Totals(self.totals.prompt + (usage.prompt or 0),
-                             self.totals.completion + completion, self.totals.exact and is_exact)
+        prompt, completion, is_exact = self.totals
+        if reply.usage.prompt:
+            prompt += reply.usage.prompt
+            self._last_prompt = reply.usage.prompt
+        if reply.usage.completion is not None:
+            completion += reply.usage.completion
+        elif reply.started:
+            completion += reply.deltas
+            is_exact = False
+        self.totals = Totals(prompt, completion, is_exact)
         self.model = self.sampling.model or reply.model or self.model
-        self._last_prompt = usage.prompt or self._last_prompt
 
     def _save(self):
         self.store.save(self.conversation, self.settings.endpoint, self.model)
 
-    def _begin_new(self, conversation):
+    def _end_conversation(self):
         self.store.begin_new(self.conversation, self.settings.endpoint, self.model)
-        self.conversation = conversation
         self._saved = None
 
-    # Commands
+    # Commands: CHAT_COMMANDS says what each of them does
 
     def do_help(self, argument):
-        """Show the commands and the keys."""
         for command in CHAT_COMMANDS:
             self._print(f"  {command.name + ' ' + command.argument:<19} {command.summary}")
         self._print(CHAT_KEYS)
 
     def do_clear(self, argument):
-        """End this conversation and begin one with the same system message."""
-        conversation = Conversation()
-        conversation.set_system(self.conversation.system)
-        self._begin_new(conversation)
+        self._end_conversation()
+        self.conversation.clear()
 
     def do_system(self, argument):
-        """Set, remove or show the system message."""
         if argument:
             self.conversation.set_system(argument if argument != "-" else None)
             self._save()
         self._print("system: " + (self.conversation.system or "none"))
 
     def do_save(self, argument):
-        """Save the conversation, but over another file only if that is a conversation."""
-        if argument:
-            path = native_path(argument)
-        elif self._saved:
+        if self._saved and not argument:
             path = self._saved[0]
         else:
-            raise UsageError("a file name is needed")
+            path = native_path(argument)
         if os.path.lexists(path) and not self._may_replace(path):
             return
         text = build_document(self.conversation, self.settings.endpoint, self.model,
                               utc_stamp(time.time()))
         write_private(path, text)
-        self._saved = path, text
+        self._saved = path, text.encode("utf-8", "replace")
         self._print(f"saved {plural(self.conversation.count, 'message')} to {utf8_argument(path)}")
 
     def _may_replace(self, path):
         """Return whether the file *path* may be replaced; raise UsageError where it never is."""
-        text = None
-        document = None
-        with contextlib.suppress(ValueError):
-            if os.path.isfile(path):
-                text = read_file(path).decode("utf-8")
-                document = parse_json(text)
-        if self._saved == (path, text):
+        data = document = None
+        if os.path.isfile(path):
+            data = read_file(path)
+            with contextlib.suppress(ValueError):
+                document = parse_json(data.decode("utf-8"))
+        if self._saved == (path, data):
             return True
         shown = utf8_argument(path)
         if get_field(document, "format", str) != CONVERSATION_FORMAT:
             raise UsageError(f"{shown} is there, and no saved conversation: choose another name")
+        question = f"{shown} holds another conversation"
         if not self.typed:
-            raise UsageError(f"{shown} holds another conversation: choose another name")
-        question = f"{shown} holds another conversation. Write over it? [y/N] "
+            raise UsageError(f"{question}: choose another name")
         with contextlib.suppress(EOFError):
-            return self._read_line(question).strip().lower() in ("y", "yes")
+            answer = self.editor.read(f"{question}. Write over it? [y/N] ")
+            return answer.strip().lower() in ("y", "yes")
         return False
 
     def do_load(self, argument):
-        """Replace the conversation by that of a file, once that is found good."""
         if not argument:
             self._list_conversations()
             return
@@ -5687,10 +5625,11 @@ class Chat:
             path = self._listed[int(argument) - 1]
         else:
             path = native_path(argument)
-        (conversation, _, _, notes), text = read_conversation(path)
-        self._begin_new(conversation)
+        (conversation, _, _, notes), data = read_conversation(path)
+        self._end_conversation()
+        self.conversation = conversation
         if not is_number:
-            self._saved = path, text
+            self._saved = path, data
         self._print(f"loaded {plural(conversation.count, 'message')} from {utf8_argument(path)}")
         self.console.note(*notes)
         if conversation.unanswered and self.typed:
@@ -5710,16 +5649,15 @@ class Chat:
         for number, path in enumerate(self._listed, 1):
             try:
                 conversation, endpoint, _, _ = read_conversation(path)[0]
-                question = message_text((conversation.turns() or [[{}]])[0][0])
+                question = content_text(conversation.last_question()[0] or {})
                 what = f"{endpoint}  {plural(conversation.count, 'message')}  {question}"
                 date = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(path).st_mtime))
             except (UsageError, OSError):
-                date, what = "unreadable", shown_path(path)
+                date, what = "unreadable", utf8_argument(path)
             line = one_line(f"{number} {date} {what}")
             self._print(truncate(line, self.console.err.width() - 1))
 
     def do_show(self, argument):
-        """Show the last turns."""
         turns = self.conversation.turns()
         if not turns:
             raise UsageError("nothing to show yet")
@@ -5730,30 +5668,25 @@ class Chat:
             self._print("")
 
     def do_tokens(self, argument):
-        """Show the size of the last prompt and the session's totals."""
         if self._last_prompt is not None:
             self._print(f"last prompt: {plural(self._last_prompt, 'token')}")
-        self._print(self._totals_line())
+        self._print_totals()
 
     def do_retry(self, argument):
-        """Ask the last question again; its answer stays until a new one, or a part of it, comes."""
         question, before = self.conversation.last_question()
         if question is None:
             raise UsageError("nothing to ask again yet")
         self._ask(question, before)
 
     def do_undo(self, argument):
-        """Take the last turns back."""
-        count = parse_count(argument)
-        for _ in self.conversation.turns()[-count:] or [None]:
+        if not self.conversation.turns():
+            raise UsageError("nothing to take back")
+        for _ in self.conversation.turns()[-parse_count(argument):]:
             question = self.conversation.undo()
-            if question is None:
-                raise UsageError("nothing to take back")
             self._print("took back: " + truncate(one_line(content_text(question)), 60))
         self._save()
 
     def do_drop(self, argument):
-        """Forget the oldest turns."""
         dropped = self.conversation.drop(parse_count(argument))
         if not dropped:
             raise UsageError("nothing to drop")
@@ -5761,7 +5694,6 @@ class Chat:
         self._save()
 
     def do_attach(self, argument):
-        """Keep a file for the next message, or list those that wait."""
         if argument:
             attachment = read_attachment(native_path(argument))
             build_question("", self.attachments + [attachment])  # not too large together
@@ -5771,11 +5703,10 @@ class Chat:
         if not self.attachments:
             self._print("no file waits for the next message")
         for attachment in self.attachments:
-            size = plural(attachment.size, "byte")
-            self._print(f"with the next message: {attachment.name}, {size}")
+            self._print(f"with the next message: {attachment.name}, "
+                        + plural(attachment.size, "byte"))
 
     def do_copy(self, argument):
-        """Have the person's own terminal put the last answer into its clipboard."""
         text = self.conversation.last_answer()
         if argument not in ("", "code"):
             raise UsageError("/copy takes nothing, or: code")
@@ -5796,20 +5727,17 @@ class Chat:
         self._print(f"copied {plural(len(text), 'character')}")
 
     def do_model(self, argument):
-        """Set or show the model that is asked for."""
         if argument:
             self.model = one_line(argument) if argument != "-" else None
             self.sampling = self.sampling._replace(model=self.model)
         self._print("model: " + (self.sampling.model or "none asked for"))
 
     def do_endpoint(self, argument):
-        """Set or show the endpoint."""
         if argument:
             self._change_settings(None, argument)
         self._print(f"endpoint: {self.settings.endpoint}")
 
     def do_context(self, argument):
-        """Ask another deployment from here on, or show where questions go."""
         if argument:
             self._change_settings(argument, None)
         self._print(f"endpoint: {self.settings.endpoint} at {self.settings.base_url}")
@@ -5821,22 +5749,20 @@ class Chat:
         self.console.note(*self.settings.notes)
 
     def do_set(self, argument):
-        """Set, unset or show sampling options, and whether reasoning is shown."""
         name, _, value = argument.partition(" ")
         name = name.lstrip("-").replace("-", "_").lower()
         value = value.strip().lower()
-        fields = dict(self.sampling.fields)
+        fields = self.sampling.fields
         if name == "reasoning" and value in ("on", "off"):
             self._show_reasoning = value == "on"
-        elif name in SETTABLE and value:
+        elif name in SETTABLE and value == "-":
             fields.pop(name, None)
-            if value != "-":
-                fields[name] = parse_setting(name, value)
+        elif name in SETTABLE and value:
+            fields[name] = parse_setting(name, value)
         elif argument:
             names = " ".join(SETTABLE)
             raise UsageError(f"not an option and its value: {argument}: /set takes one of {names} "
                              "and a number or -, or reasoning and on or off")
-        self.sampling = self.sampling._replace(fields=fields)
         shown = dict.fromkeys(SETTABLE, "-")
         shown.update((field, json_text(fields[field])) for field in fields)
         shown["reasoning"] = "on" if self._show_reasoning else "off"
@@ -5844,23 +5770,16 @@ class Chat:
             self._print(f"{field}: {shown[field]}")
 
     def do_edit(self, argument):
-        """Send what an editor saves, beginning with a text, or with the last question."""
         if not self.typed:
             raise UsageError("/edit needs a terminal")
         question, _ = self.conversation.last_question()
-        self.type_ahead.set_up(None)
+        self.editor.set_up(None)
         text = read_edited(argument or content_text(question or {}), self.console)
         self.editor.remember(as_typed(text))
         self._ask_text(text)
 
     def do_quit(self, argument):
-        """End the session."""
         self._ended = True
-
-    # Completion
-
-    def _complete(self, line):
-        return complete_line(line, self._find_names)
 
     def _find_names(self, name):
         """Return what may follow the command *name*; models are asked for once."""
@@ -5883,21 +5802,23 @@ def open_conversation(options, console, interactive):
     With --conversation or --continue its endpoint and model go into *options*, unless others are
     given.  Raise UsageError where there is no such conversation.
     """
-    no_history = os.environ.get(ENV_NO_HISTORY) or "0"
-    keeps_history = not options.no_history and no_history == "0"
+    keeps_history = not options.no_history and os.environ.get(ENV_NO_HISTORY, "") in ("", "0")
     path = options.conversation
-    text = None
-    conversation, endpoint, model, notes = Conversation(), None, None, []
+    if options.continue_last:
+        kept = list_conversations()
+        if not kept:
+            raise UsageError("there is no conversation to continue")
+        path = kept[0]
+    conversation, endpoint, model, notes, data = Conversation(), None, None, [], None
     if path and os.path.lexists(path):
-        (conversation, endpoint, model, notes), text = read_conversation(path)
+        (conversation, endpoint, model, notes), data = read_conversation(path)
     elif path and not os.path.isdir(os.path.dirname(path) or "."):
         raise UsageError(f"cannot make {utf8_argument(path)}: its folder is missing")
-    elif options.continue_last:
-        path, newest = newest_conversation(keeps_history)
-        (conversation, endpoint, model, notes), text = newest
-        if keeps_history and path is None:
-            notes = notes + ["another chat still uses this conversation: a copy is continued"]
     console.note(*notes)
+    if options.continue_last:
+        path = claim_conversation(path) if keeps_history else None
+        if keeps_history and path is None:
+            console.note("another chat still uses this conversation: a copy is continued")
     if endpoint and options.endpoint in (None, endpoint) and not options.demo:
         options.endpoint = endpoint
         options.model = options.model or model
@@ -5906,7 +5827,7 @@ def open_conversation(options, console, interactive):
         conversation.set_system(prompt)
     is_typed = interactive and console.stdin_is_terminal()  # what is piped is a script's
     uses_state = keeps_history and (options.continue_last or is_typed)
-    return conversation, ConversationStore(console, path, text, uses_state)
+    return conversation, ConversationStore(console, path, data, uses_state)
 
 def run_interactive(options, settings, console, resolve, question, conversation, store):
     """Hold a conversation until its end; return the exit status."""
@@ -5920,7 +5841,7 @@ def run_interactive(options, settings, console, resolve, question, conversation,
             chat.do_attach(path)
     if not chat.typed:
         return chat.run(question)
-    with chat.type_ahead:
+    with chat.editor:
         if not console.quiet:
             greeting = "/help lists the commands, Ctrl+D ends the session"
             console.print_line(truncate(greeting, console.err.width()), dim=True)
@@ -6030,15 +5951,15 @@ def load_schema(options):
     options.schema = schema
 
 def refuse_combinations(options, interactive):
-    """Raise UsageError for options of chat that make no sense together."""
-    single_only = (
-        ("-o json", options.output == "json"),
-        ("--dry-run", options.dry_run),
-        ("--extract", options.extract),
-        ("--schema", options.schema),
-        ("--attach -", "-" in options.attach),
-    )
-    for name, is_given in single_only:
+    """Raise UsageError for options of chat that contradict each other."""
+    single_only = {
+        "-o json": options.output == "json",
+        "--dry-run": options.dry_run,
+        "--extract": options.extract,
+        "--schema": options.schema,
+        "--attach -": "-" in options.attach,
+    }
+    for name, is_given in single_only.items():
         if interactive and is_given:
             raise UsageError(f"{name} goes with a single question, not with --interactive")
     if (options.attach + [options.message]).count("-") > 1:
@@ -6100,7 +6021,7 @@ def show_code_block(request, settings, console, reply):
     Where there is none, or the answer fails, what came of it goes to stderr.
     """
     try:
-        receive_answer(request, settings, console, reply, len)
+        receive_answer(request, settings, console, reply)
         reply.check_answer()
         block = extract_code_block(reply.text)
         if block is None:
@@ -6457,8 +6378,8 @@ STEP_WORDS = {  # "ok" of a step in JSON -> its word on a terminal, and the colo
 }
 STATUS_QUESTION = "Count from one to ten."
 STATUS_MAX_TOKENS = 16
-ARRIVAL_GAP_SECONDS = 0.001  # chunks that are closer came together
-LUMP_SECONDS = 0.1  # an answer that is whole sooner may simply be fast
+ARRIVAL_GAP_SECONDS = 0.001  # chunks with a shorter gap arrived together
+LUMP_SECONDS = 0.1  # a shorter answer may simply be fast
 
 class Check(ConnectLog):
     """The steps of a check: shown one by one as they end, or with -o json as one object."""
@@ -6614,10 +6535,14 @@ def check_completion(settings, check, console):
     except RefusedError as error:
         name_plain_address(settings, console, error)
         raise
-    times = [chunk.at for chunk in chunks]
-    gaps = [later - at for at, later in zip(times, times[1:])]
-    arrivals = 1 + sum(gap > ARRIVAL_GAP_SECONDS for gap in gaps)
-    count = sum(len(chunk.documents) for chunk in chunks)
+    arrivals = 0
+    count = 0
+    last_at = 0
+    for chunk in chunks:
+        if chunk.at - last_at > ARRIVAL_GAP_SECONDS:
+            arrivals += 1
+        last_at = chunk.at
+        count += len(chunk.documents)
     facts = usage_fields(reply, reply.seconds, True)
     del facts["seconds"]  # the step has its own
     facts.update(model=reply.model, chunks=count, arrivals=arrivals)
@@ -9103,13 +9028,13 @@ def _quoted(before, value):
     return f"{before}'{one_line(value)}'"
 
 def _is_option(word):
-    return word.startswith("-") and word != "-"
+    return word.startswith("-") and word not in ("-", "--")
 
 def _nearest(word, names):
     """Return the name that begins with *word* or differs little from it, or None."""
     import difflib
 
-    near = [name for name in names if name.startswith(word)]
+    near = [name for name in names if word and name.startswith(word)]
     near += difflib.get_close_matches(word, names, 1, 0.75)
     if near:
         return near[0]
@@ -9192,6 +9117,7 @@ def parse_header(text):
 # What a value must be, by the name of the option or by its metavar: a type, or the words to choose
 # from.  Any other value is a text.
 TYPES = {
+    "--after": utf8_text,
     "--duration": number("a number from 0.1 to 1000000", 0.1, MAX_TIMEOUT_SECONDS, float),
     "--frequency-penalty": number("a number from -2 to 2", -2, 2, float),
     "--limit": number("a whole number from 1 to 100", 1, 100),
@@ -9332,7 +9258,7 @@ class Parser(argparse.ArgumentParser):
         if argument and not self.commands:
             value, metavar = argument.groups()
             dest = {"COMMAND": "topic", "CONTEXT": "name"}.get(metavar, metavar.lower())
-            self.argument = self._add([dest], value, None)
+            self.argument = self._add([dest], value, "")
 
     def _add_options(self, line):
         """Add the options of one line of the help; a line of the examples has none."""
@@ -9363,7 +9289,7 @@ class Parser(argparse.ArgumentParser):
                 settings["nargs"] = "+"
             if value.startswith("["):
                 settings["nargs"] = "*" if several else "?"
-            if "repeatable" in (summary or ""):
+            if "repeatable" in summary:
                 settings.update(action="append", default=[])
         else:
             settings["action"] = "store_true"
@@ -9415,14 +9341,12 @@ class Parser(argparse.ArgumentParser):
         near = _nearest(word, self.commands)
         if near:
             raise UsageError(f"{self.prog} has no command {word}: did you mean {near}?")
-        if "--message" in self.options:
-            advice = "a message goes behind -m, in quotes"
-        else:
-            advice = f"see {self.prog} --help"
+        problem = "takes no further word" + _quoted(" like ", word)
         if self.commands:
             problem = "has no such command" + _quoted(": ", word)
-        else:
-            problem = "takes no further word" + _quoted(" like ", word)
+        advice = f"see {self.prog} --help"
+        if "--message" in self.options:
+            advice = "a message goes behind -m, in quotes"
         raise UsageError(f"{self.prog} {problem}: {advice}")
 
     def usage_line(self):
@@ -9511,7 +9435,6 @@ def parse_arguments(arguments):
             raise UsageError(f"--{name.replace('_', '-')} must not be empty")
     options.command = parser.name.partition(" ")[0]
     options.run = parser.run
-    options.verb, options.tags, options.more_tags = None, options.metadata, []
     return options
 
 def print_candidates(command, words, console):

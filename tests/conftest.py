@@ -1,6 +1,7 @@
 """What every test starts from: the chosen interpreters, a bare environment, the spawned tool, a scripted server."""
 
 import argparse
+import functools
 import importlib
 import os
 import shlex
@@ -31,6 +32,7 @@ def interpreter_path(text):
     return os.path.abspath(path)
 
 
+@functools.lru_cache(maxsize=None)
 def interpreter_name(path):
     """Return a name such as python3.6, as the interpreter itself tells its version."""
     version = subprocess.check_output([path, "-V"], universal_newlines=True).split()[1]

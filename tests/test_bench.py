@@ -379,7 +379,7 @@ def test_condition_holds(xeroctl, text, holds):
     ([10] * 9, 10, 10), ([40] * 4, 20, 10), ([], 1, None), ([], 5, None), ([10, 10], 0, None), ([0, 30], 3, 15),
 ])
 def test_time_per_output_token(xeroctl, gaps, tokens, tpot):
-    assert xeroctl.tpot_ms(request(xeroctl, gaps=gaps, tokens=tokens)) == tpot
+    assert request(xeroctl, gaps=gaps, tokens=tokens).tpot_ms == tpot
 
 
 @pytest.mark.parametrize("cases, window, tokens, requests", [
@@ -425,14 +425,14 @@ def test_rates_of_two_processes_are_summed(xeroctl):
 
 
 @pytest.mark.parametrize("arrivals, gaps", [
-    ([], []), ([(1, 1)], []), ([(1, 3)], [0, 0]), ([(1, 1), (1.5, 2), (2, 1)], [500, 0, 500]),
+    ([], []), ([(1, 1)], []), ([(1, 3)], [0, 0]), ([(1, 1), (1.001234567, 1)], [1.235]), ([(1, 1), (1.5, 2), (2, 1)], [500, 0, 500]),
 ])
 def test_gaps_between(xeroctl, arrivals, gaps):
     assert xeroctl.gaps_between(arrivals) == gaps
 
 
 def test_a_saved_run_is_read_back(xeroctl):
-    run = saved_run(xeroctl, [request(xeroctl, gaps=[1.23456, 2]), request(xeroctl, ttft=None, error="network")])
+    run = saved_run(xeroctl, [request(xeroctl, gaps=[1.235, 2]), request(xeroctl, ttft=None, error="network")])
     text = xeroctl.save_lines(run)
     back, = xeroctl.parse_saved_runs(text + '{"run": "half', "f")
     assert back._replace(requests=[]) == run._replace(requests=[])

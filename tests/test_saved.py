@@ -147,7 +147,7 @@ def test_a_history_whose_lock_another_holds_is_written_without_and_that_is_said_
         enter(child, line)
     leave(child)
     os.close(descriptor)
-    assert child.output.count(b"lock") == 1
+    assert child.output.count(b"holds the lock") == 1
     with open(os.path.join(state, "history")) as file:
         assert file.read() == '"one"\n"two"\n"/quit"\n'
 

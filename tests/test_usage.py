@@ -184,7 +184,7 @@ def test_chat_send_is_chat(run, server):
 def test_each_command_finds_every_option_in_its_namespace(xeroctl):
     words = {"completion": ["bash"]}
     found = [set(vars(xeroctl.parse_arguments([name, *words.get(name, [])])))
-             for name in xeroctl.build_parser().commands]
+             for name in xeroctl.build_parser().commands if name != "help"]
     of_chat = {action.dest for action in xeroctl.build_parser("chat").options.values()} - {"help", "version"}
     assert len(of_chat) >= 40 and set.intersection(*found) >= of_chat
 
