@@ -2084,21 +2084,20 @@ class Conversation:
         self.messages = list(messages)
         self.unanswered = unanswered
 
-    def has_system(self):
-        """Return True if the first message is a system message."""
+    def _has_system(self):
         return bool(self.messages) and self.messages[0]["role"] in SYSTEM_ROLES
 
     @property
     def system(self):
         """The text of the leading system message, or None."""
-        if self.has_system():
+        if self._has_system():
             return content_text(self.messages[0])
         return None
 
     def set_system(self, text):
         """Set the leading system message to *text*; remove it where that is empty or None."""
         message = {"role": "system"}
-        if self.has_system():
+        if self._has_system():
             message = self.messages.pop(0)
         if text:
             self.messages.insert(0, dict(message, content=text))
@@ -2106,7 +2105,7 @@ class Conversation:
     @property
     def count(self):
         """The number of messages, the leading system message not counted."""
-        return len(self.all_messages()) - self.has_system()
+        return len(self.all_messages()) - self._has_system()
 
     def all_messages(self):
         """Return the messages, with the question that has no answer as the last one."""
@@ -2123,7 +2122,7 @@ class Conversation:
 
     def clear(self):
         """Forget everything but the leading system message."""
-        del self.messages[self.has_system():]
+        del self.messages[self._has_system():]
         self.unanswered = None
 
     def turns(self):
@@ -2204,13 +2203,16 @@ def _check_message(message, name):
     if not isinstance(content, str):
         raise UsageError(f"{name}: no text in it")
 
-def _unusual_roles(conversation):
+def _unusual_roles(messages):
     """Return a note on the first role that is not the usual one, or no note."""
-    start = int(conversation.has_system())
-    roles = [message["role"] for message in conversation.all_messages()]
-    for index, usual in zip(range(start, len(roles)), itertools.cycle(("user", "assistant"))):
-        if roles[index] != usual:
-            return [f"messages[{index}]: the role is {roles[index]!r} where {usual!r} is usual: "
+    usual_roles = itertools.cycle(("user", "assistant"))
+    for index, message in enumerate(messages):
+        role = message["role"]
+        if index == 0 and role in SYSTEM_ROLES:
+            continue
+        usual = next(usual_roles)
+        if role != usual:
+            return [f"messages[{index}]: the role is {role!r} where {usual!r} is usual: "
                     "all is kept and sent as it is"]
     return []
 
@@ -2240,7 +2242,7 @@ def parse_conversation(text):
     if messages and messages[-1]["role"] == "user":
         conversation.unanswered = conversation.messages.pop()
     endpoint, model = get_field(document, "endpoint", str), get_field(document, "model", str)
-    return conversation, endpoint, model, _unusual_roles(conversation)
+    return conversation, endpoint, model, _unusual_roles(messages)
 
 # -- Text -------------------------------------------------------------------------------------
 
@@ -2867,7 +2869,7 @@ class Waiter:
         """Return read(text), such as input("> "), in which alone a signal raises at once.
 
         Readline knows no other way out.  The exceptions are KeyboardInterrupt, Terminated, and
-        Suspended for Ctrl+Z.  An earlier Ctrl+C that nothing has noticed is forgotten.
+        Suspended for Ctrl+Z.
         """
         self._presses = []
         self._exceptions = {number: Terminated(number) for number in ENDING_SIGNALS}
@@ -2877,8 +2879,7 @@ class Waiter:
         self._start_watcher()
         self._prompting = True
         try:
-            self._noted = [number for number in self._noted if number != signal.SIGINT]
-            if self._noted:
+            if self._noted:  # it came just before
                 self.check()
                 self._prompting = True
             return read(text)
@@ -3043,41 +3044,48 @@ def native_path(text):
         raise UsageError("a file name is needed")
     return os.path.expanduser(os.fsdecode(text.encode("utf-8", "surrogateescape")))
 
+@contextlib.contextmanager
+def _failures_named(action, path):
+    """Raise UsageError, with *action* and *path*, for a failure in the with block."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        message = f"cannot {action} {utf8_argument(path)}: {os_reason(error)}"
+        raise UsageError(message) from error
+
 def read_file(path, limit=None):
     """Return the bytes of the file *path*.
 
     Raise UsageError where it cannot be read or is larger than *limit* bytes.
     """
-    try:
-        with open(path, "rb") as file:
-            if limit is None:
-                return file.read()
-            data = file.read(limit + 1)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {utf8_argument(path)}: {os_reason(error)}") from error
+    with _failures_named("read", path), open(path, "rb") as file:
+        if limit is None:
+            return file.read()
+        data = file.read(limit + 1)
     if len(data) > limit:
         raise UsageError(f"{utf8_argument(path)} is larger than {limit >> 20} MiB")
     return data
 
 def write_private(path, text):
-    """Write *text* to the file *path*, whole or not at all, for its owner alone (mode 0600)."""
+    """Write *text* to the file *path*, whole or not at all, for its owner alone (mode 0600).
+
+    Raise UsageError where it cannot be written.
+    """
     from tempfile import mkstemp
 
-    try:
-        path = os.path.realpath(path)  # fails where the current folder is gone
-        descriptor, temporary = mkstemp(dir=os.path.dirname(path), prefix=".xeroctl-")
+    with _failures_named("write", path):
+        target = os.path.realpath(path)  # fails where the current folder is gone
+        descriptor, temporary = mkstemp(dir=os.path.dirname(target), prefix=".xeroctl-")
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(text.encode("utf-8", "replace"))
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-    except OSError as error:
-        raise UsageError(f"cannot write {utf8_argument(path)}: {os_reason(error)}") from error
 
 def _make_folders(path):
     if not os.path.isdir(path):
@@ -3090,10 +3098,8 @@ def make_private_folder(path):
 
     os.makedirs gives that mode to the last one only.  Raise UsageError where it cannot be made.
     """
-    try:
+    with _failures_named("make", path):
         _make_folders(path)
-    except OSError as error:
-        raise UsageError(f"cannot make {utf8_argument(path)}: {os_reason(error)}") from error
 
 def _try_lock(descriptor, seconds):
     try:
@@ -3111,10 +3117,10 @@ def _try_lock(descriptor, seconds):
 
 @contextlib.contextmanager
 def locked(path, seconds=LOCK_SECONDS):
-    """Hold the lock of the file or folder *path*, which other processes of ours ask for too.
+    """Hold the lock of the file or folder *path* against other processes of xeroctl.
 
-    Yield False where another process still holds it after *seconds*: go on without it then.
-    Where there are no locks (not POSIX, some network file systems), yield True.
+    Yield False if another process still holds it after *seconds*: go on without it then.  Yield
+    True without a lock where there are none (not POSIX, some network file systems).
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -3167,14 +3173,12 @@ def append_history(path, entry):
     """
     folder = os.path.dirname(path)
     line = json.dumps(entry).encode("ascii") + b"\n"
-    try:
+    with _failures_named("write", path):
         _make_folders(folder)
         with locked(folder) as is_locked:
             lines = _history_lines(path)
             if lines[-1:] != [line] and len(line) <= MAX_HISTORY_BYTES:
                 _append_line(path, lines, line)
-    except OSError as error:
-        raise UsageError(f"cannot write {utf8_argument(path)}: {os_reason(error)}") from error
     return is_locked
 
 # Conversations
@@ -3201,7 +3205,7 @@ def _written_at(path):
     return 0, path
 
 def list_conversations():
-    """Return the paths of the conversations in the state folder, the last written first."""
+    """Return the paths of the conversations in the state folder, the newest first."""
     folder = state_path("conversations")
     names = []
     with contextlib.suppress(OSError):
@@ -3240,8 +3244,8 @@ def claim_conversation(path):
 class ConversationStore:
     """Keeps a conversation on disk: in the file that the user named, else in the state folder.
 
-    A file that another process changed since we read it is left alone.  A failure is said, and
-    never raised: the chat goes on.
+    A file that another process changed since we read it is left alone.  A failure is reported
+    and never raised: the chat goes on.
     """
 
     def __init__(self, console, path=None, data=None, uses_state=True):
@@ -3385,9 +3389,10 @@ def fetch_key(deployment, waiter):
         raise UsageError(f"cannot run {command} for the API key: {reason}") from error
     try:
         output, errors = waiter.run_in_thread(process.communicate, None)
-    finally:  # an interrupt leaves the program running
+    except BaseException:  # an interrupt leaves the program running
         process.kill()
         process.wait()
+        raise
     key = output.decode("utf-8", "replace").partition("\n")[0].strip()
     if process.returncode or not key:
         message = f"{command} gave no API key (status {process.returncode})"
@@ -4997,6 +5002,7 @@ CHAT_COMMANDS = (  # an argument in brackets may be left out
     ChatCommand("/set", "[NAME VALUE]", "set a sampling option; - unsets it"),
     ChatCommand("/quit", "", "end the session, show its token totals"),
 )
+COMMANDS_BY_NAME = {command.name: command for command in CHAT_COMMANDS}
 CHAT_ALIASES = {"/exit": "/quit", "/bye": "/quit", "/q": "/quit", "/?": "/help"}
 
 CHAT_KEYS = """
@@ -5101,6 +5107,8 @@ class LineEditor:
         import termios
 
         modes = self._original[:6] + [list(self._original[6])]
+        if occasion:  # the flush of Ctrl+C can take a key that readline was told of: it waits on
+            modes[3] |= termios.NOFLSH
         if occasion == "reply":  # not at the prompt: readline echoes only where the terminal does
             modes[3] &= ~termios.ECHO
         if occasion and self._readline:  # as readline sets them
@@ -5112,6 +5120,14 @@ class LineEditor:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
         if self.marks_pastes and occasion != "prompt":  # there readline does it
             self._console.out.draw("\x1b[?2004h" if occasion else "\x1b[?2004l")
+
+    def drop_keys(self):
+        """Forget the keys that wait, as a terminal does at Ctrl+C without NOFLSH."""
+        if self._original:
+            import termios
+
+            with contextlib.suppress(termios.error):
+                termios.tcflush(sys.stdin, termios.TCIFLUSH)
 
     def read(self, prompt):
         """Return the next line, without its end.
@@ -5190,17 +5206,14 @@ class LineEditor:
         self._readline.add_history(data.decode("ascii", "surrogateescape"))  # takes any bytes so
 
     def _insert(self):
-        if self._inserted:
-            self._readline.insert_text(self._inserted)
-        self._inserted = ""
+        inserted, self._inserted = self._inserted, ""
+        self._readline.insert_text(inserted)
 
     def _next_candidate(self, text, state):
         if state == 0:
             with self._console.waiter.without_raising():
-                self._candidates = self._find_candidates(text)
-        if state < len(self._candidates):
-            return self._candidates[state]
-        return None
+                self._candidates = self._find_candidates(text) + [None]
+        return self._candidates[state]
 
     def _find_candidates(self, text):
         """Return what the word *text* before the cursor may become; a tab elsewhere is a tab."""
@@ -5225,11 +5238,8 @@ def complete_path(start):
 
 def find_chat_command(name):
     """Return the ChatCommand that *name* stands for, in any case, or None."""
-    name = CHAT_ALIASES.get(name.lower(), name.lower())
-    for command in CHAT_COMMANDS:
-        if command.name == name:
-            return command
-    return None
+    name = name.lower()
+    return COMMANDS_BY_NAME.get(CHAT_ALIASES.get(name, name))
 
 def complete_line(line, find_names):
     """Return the lines that *line* may become: commands, and what some of them take.
@@ -5252,9 +5262,7 @@ def complete_line(line, find_names):
 
 def as_typed(text):
     """Return the line that sends *text*, also where it looks like a command."""
-    if text.startswith("/"):
-        return " " + text
-    return text
+    return re.sub(r"\A/", " /", text)
 
 def parse_count(argument):
     """Return the number that a command's *argument* is, 1 where it is empty."""
@@ -5320,7 +5328,7 @@ def read_edited(text, console):
         raise UsageError(f"no temporary folder for the message: {os_reason(error)}") from error
     path = os.path.join(folder, "message.txt")
     write_private(path, text)
-    os.utime(path, (0, 0))  # whatever is saved is newer
+    os.utime(path, (0, 0))  # a save makes it newer
     try:
         status = run_editor(editor, path, console.waiter)
     except (OSError, ValueError) as error:
@@ -5401,9 +5409,11 @@ class Chat:
             except KeyboardInterrupt:  # also one that comes while another is dealt with
                 if not self.typed:
                     raise
+                self.editor.drop_keys()
             question = None
         if not self.console.quiet:
-            self._say_how_to_continue()
+            if self.typed and self.store.saved:
+                self._say_how_to_continue()
             self._print_totals()
         return self.status
 
@@ -5456,8 +5466,7 @@ class Chat:
         if command is None:
             from difflib import get_close_matches
 
-            names = [command.name for command in CHAT_COMMANDS]
-            near = get_close_matches(name.lower(), names, 1)
+            near = get_close_matches(name.lower(), COMMANDS_BY_NAME, 1)
             advice = "".join(f": did you mean {other}?" for other in near)
             raise UsageError(f"no command {name}{advice}: /help lists them. "
                              "A space in front sends the line as a message")
@@ -5486,11 +5495,10 @@ class Chat:
                     f"messages: {self.conversation.count}")
 
     def _say_how_to_continue(self):
-        if self.typed and self.store.saved:
-            command = "xeroctl chat --continue"
-            if self.store.named:
-                command = f"xeroctl chat -i --conversation {utf8_argument(self.store.path)}"
-            self.console.print_line(f"to continue: {command}", dim=True)
+        command = "xeroctl chat --continue"
+        if self.store.named:
+            command = f"xeroctl chat -i --conversation {utf8_argument(self.store.path)}"
+        self.console.print_line(f"to continue: {command}", dim=True)
 
     # Asking
 
@@ -5520,6 +5528,7 @@ class Chat:
             keeps_old = False
             if not self.typed:
                 raise
+            self.editor.drop_keys()
             if not reply.text.strip():
                 self._print(f"stopped: {rest}")
         except XeroctlError as error:
@@ -5594,7 +5603,7 @@ class Chat:
         self._print(f"saved {plural(self.conversation.count, 'message')} to {utf8_argument(path)}")
 
     def _may_replace(self, path):
-        """Return whether the file *path* may be replaced; raise UsageError where it never is."""
+        """Return True if the file *path* may be replaced; raise UsageError where it never may."""
         data = document = None
         if os.path.isfile(path):
             data = read_file(path)
@@ -5619,10 +5628,7 @@ class Chat:
             return
         is_number = re.match(r"\d{1,2}\Z", argument)
         if is_number:
-            self._listed = self._listed or self._other_conversations()
-            if not 1 <= int(argument) <= len(self._listed):
-                raise UsageError(f"no conversation {argument}: /load alone lists them")
-            path = self._listed[int(argument) - 1]
+            path = self._numbered_path(int(argument))
         else:
             path = native_path(argument)
         (conversation, _, _, notes), data = read_conversation(path)
@@ -5637,6 +5643,12 @@ class Chat:
             self._print("its last question has no answer: /retry asks it")
         elif conversation.unanswered:
             self.do_retry("")
+
+    def _numbered_path(self, number):
+        self._listed = self._listed or self._other_conversations()
+        if not 1 <= number <= len(self._listed):
+            raise UsageError(f"no conversation {number}: /load alone lists them")
+        return self._listed[number - 1]
 
     def _other_conversations(self):
         paths = [path for path in list_conversations() if path != self.store.path]
@@ -5764,7 +5776,8 @@ class Chat:
             raise UsageError(f"not an option and its value: {argument}: /set takes one of {names} "
                              "and a number or -, or reasoning and on or off")
         shown = dict.fromkeys(SETTABLE, "-")
-        shown.update((field, json_text(fields[field])) for field in fields)
+        for field, setting in fields.items():
+            shown[field] = json_text(setting)
         shown["reasoning"] = "on" if self._show_reasoning else "off"
         for field in [name] if name else shown:
             self._print(f"{field}: {shown[field]}")
@@ -5832,8 +5845,8 @@ def open_conversation(options, console, interactive):
 def run_interactive(options, settings, console, resolve, question, conversation, store):
     """Hold a conversation until its end; return the exit status."""
     console.json = False  # the config file may ask for it
-    params = [name for name, _ in options.param]
-    if options.max_tokens is None and "max_completion_tokens" not in params:  # the newer name
+    has_newer_name = "max_completion_tokens" in dict(options.param)
+    if options.max_tokens is None and not has_newer_name:
         options.max_tokens = DEFAULT_INTERACTIVE_MAX_TOKENS
     chat = Chat(options, settings, console, resolve, conversation, store)
     if question is None:
@@ -6773,19 +6786,20 @@ def allow_connections(count):
     wanted = count + SPARE_DESCRIPTORS
     if soft == resource.RLIM_INFINITY or wanted <= soft:
         return
-    if hard != resource.RLIM_INFINITY and wanted > hard:
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ValueError, OSError) as error:
         raise UsageError(f"{count} connections need {wanted} open files, and this process may "
-                         f"have {hard}: see ulimit -n")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+                         f"have {hard}: see ulimit -n") from error
 
 class Exchange:
     """One request of a RequestLoop and what came of it.  All times are monotonic, in seconds."""
 
-    def __init__(self, request, route, settings, due=None):
+    def __init__(self, request, route, settings):
         self.request = request
         self.route = route  # to the request's URL
         self.settings = settings
-        self.due = due  # when it should be sent; None: as soon as its connection is open
+        self.due = None  # when it should be sent; None: as soon as its connection is open
         self.sent_at = None  # when the first byte left
         self.connect_seconds = None  # None: its connection was open already
         self.head = None
@@ -6819,19 +6833,18 @@ class Exchange:
 
     def fail(self, error, at):
         """End with *error*, unless the status or a finish reason says more."""
-        is_error_body = self.head is not None and self._answers is None
-        if is_error_body or self.reply.finish_reason:
+        self.error = error
+        has_failed = self.head is not None and self._answers is None
+        if has_failed or self.reply.finish_reason:
             self.finish(at)
-        else:
-            self.error = error
 
     def find_error(self):
         """Return what was wrong with the ended exchange, an empty answer included, or None."""
-        if self.error is None:
-            try:
+        try:
+            if self.error is None:
                 self.reply.check_answer()
-            except XeroctlError as error:
-                return error
+        except XeroctlError as error:
+            return error
         return self.error
 
     def _add(self, chunk):
@@ -6988,15 +7001,14 @@ class RequestLoop:
             exchange.error = result
             if is_wanted:
                 self._end(exchange)
-            return
-        if not is_wanted:
+        elif is_wanted:
+            lane = Lane(result)
+            self._lanes.add(lane)
+            self._selector.register(result, READABLE, lane)
+            exchange.connect_seconds = seconds
+            self._send(lane, exchange)
+        else:
             result.close()
-            return
-        lane = Lane(result)
-        self._lanes.add(lane)
-        self._selector.register(result, READABLE, lane)
-        exchange.connect_seconds = seconds
-        self._send(lane, exchange)
 
     def _close(self, lane):
         self._lanes.discard(lane)
@@ -7035,7 +7047,7 @@ class RequestLoop:
         for key, events in ready:
             lane = key.data
             if lane is None:
-                self._silence(key.fileobj)
+                self._drain(key.fileobj)
                 continue
             if lane.unsent and events & WRITABLE:
                 self._send_rest(lane)
@@ -7050,7 +7062,7 @@ class RequestLoop:
                     received.append((lane, data, time.monotonic()))
         return received
 
-    def _silence(self, source):
+    def _drain(self, source):
         with contextlib.suppress(BlockingIOError):
             if source is self._bell:
                 self._bell.recv(READ_BYTES)
@@ -7072,27 +7084,26 @@ class RequestLoop:
             body = decoder.feed(data)
             if not data:
                 decoder.finish()
+            if exchange and decoder.head is not None:
+                # A streamed answer can end before its body does.
+                if exchange.feed(decoder.head, body, at) or decoder.complete:
+                    exchange.finish(at)
+                    lane.exchange = None
+                    self._end(exchange)
+                else:
+                    decoder.feed(b"")  # raises where the framing after *body* is broken
         except (OSError, WireError, XeroctlError) as error:
             self._lose(lane, error, at)
             return
-        if exchange and decoder.head is not None:
-            # A streamed answer can end before its body does.
-            if exchange.feed(decoder.head, body, at) or decoder.complete:
-                exchange.finish(at)
-                lane.exchange = None
-                self._end(exchange)
-        if decoder.complete:
-            self._release(lane, data)
-
-    def _release(self, lane, data):
-        """Keep the connection of a response that has ended, if another can follow."""
-        can_follow = lane.decoder.keeps_open and not lane.decoder.unread and data
-        if not can_follow or lane.unsent or not self._keeps_connections:
-            self._close(lane)
+        if not decoder.complete:
             return
-        lane.decoder = None
-        lane.is_reused = True
-        self._idle.append(lane)
+        can_follow = decoder.keeps_open and not decoder.unread and not lane.unsent and data
+        if can_follow and self._keeps_connections:
+            lane.decoder = None
+            lane.is_reused = True
+            self._idle.append(lane)
+        else:
+            self._close(lane)
 
     def _lose(self, lane, error, at):
         """Close the connection on which *error* happened, and end its exchange."""
@@ -7102,21 +7113,21 @@ class RequestLoop:
         if exchange is None:
             return
         speaker = exchange.route.speaker
-        if head is not None:
-            if not isinstance(error, XeroctlError):
-                broken = isinstance(error, ConnectionError) and not exchange.arrivals
-                error = CutShortError(
-                    f"the reply was cut short: {speaker} closed the connection", retryable=broken)
-        elif not isinstance(error, (OSError, IncompleteError)):
-            error = ServerError(f"{speaker} does not speak HTTP: {error}")
-        elif lane.is_reused:
+        is_lost = isinstance(error, (OSError, IncompleteError))
+        if head is None and is_lost and lane.is_reused:
             # The server closed the idle connection while our request was on its way.
             if exchange.due == exchange.sent_at:
                 exchange.due = None
             self._connect(exchange)
             return
-        else:
+        if head is None and is_lost:
             error = lost_error(error, speaker, exchange.settings.timeout)
+        elif head is None:
+            error = ServerError(f"{speaker} does not speak HTTP: {error}")
+        elif not isinstance(error, XeroctlError):
+            broken = isinstance(error, ConnectionError) and not exchange.arrivals
+            error = CutShortError(
+                f"the reply was cut short: {speaker} closed the connection", retryable=broken)
         exchange.fail(error, at)
         self._end(exchange)
 
@@ -7168,10 +7179,6 @@ HELD_RESULTS = 16  # that --ordered may keep back, for each connection
 RATE_LIMIT_TRIES = 5  # for each of --retries, where the server says when to come back
 LINE_ENDS = r"[\\\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]"  # and the backslash that escapes them
 
-def result_key(custom_id, request_id):
-    """Return what tells the request with these two names from all others in a file of results."""
-    return json.dumps([custom_id, request_id])
-
 class BatchRequest:
     """One line of the input: its names in the results, what is sent, and the tries so far."""
 
@@ -7180,8 +7187,8 @@ class BatchRequest:
 
         self.number = number
         self.custom_id = str(number) if custom_id is None else custom_id
-        self.id = "req_" + sha256(b"%d\n%b" % (number, content)).hexdigest()[:24]
-        self.key = result_key(self.custom_id, self.id)
+        digest = sha256(b"%d\n%b" % (number, content)).hexdigest()
+        self.id = "req_" + digest[:24]
         self.request = request
         self.error = error  # why the line cannot be sent, or None
         self.place = None  # in the order of the results
@@ -7197,48 +7204,39 @@ def _find_custom_id(document):
             raise ValueError(f"its {name} is neither text nor a number")
     return None
 
-def _take_body(document):
-    """Return the fields of the body of a line in OpenAI's form; raise ValueError."""
-    body = document["body"]
-    if not isinstance(body, dict):
-        raise ValueError("its body is no object")
-    if document.get("method", "POST") != "POST":
-        raise ValueError("its method is not POST")
-    if not str(document.get("url", CHAT_PATH)).endswith(CHAT_PATH):
-        raise ValueError(f"its url does not end in {CHAT_PATH}")
-    fields = dict(body)
-    for name in ("stream", "stream_options"):  # no request of a batch is streamed
-        fields.pop(name, None)
-    return fields
-
-def _find_messages(document):
-    """Return the (messages, other fields of the body) of a line's object; raise ValueError."""
-    fields = {}
-    messages = document.get("messages")
+def _find_body(document):
+    """Return the fields of the body for a line's object, with messages; raise ValueError."""
     content = document.get("message", document.get("prompt"))
+    body = {"messages": document.get("messages")}
     if "body" in document:
-        fields = _take_body(document)
-        messages = fields.pop("messages", None)
-    elif messages is None:
+        url = str(document.get("url", CHAT_PATH))
+        if document.get("method", "POST") != "POST" or not url.endswith(CHAT_PATH):
+            raise ValueError(f"its method is not POST, or its url does not end in {CHAT_PATH}")
+        body = document["body"]
+        if not isinstance(body, dict):
+            raise ValueError("its body is not an object")
+    elif body["messages"] is None:
         if not isinstance(content, (str, list)) or not content:
             raise ValueError("it has no message, prompt, messages or body, or an empty one")
-        messages = [{"role": "user", "content": content}]
+        body["messages"] = [{"role": "user", "content": content}]
+    messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise ValueError("its messages are missing, empty, or no list")
-    for message in messages:
-        if not isinstance(message, dict):
-            raise ValueError("one of its messages is no object")
-    return messages, fields
+        raise ValueError("its messages are missing, empty, or not a list")
+    if not all(isinstance(message, dict) for message in messages):
+        raise ValueError("one of its messages is not an object")
+    return body
 
 def _build_line_request(document, sampling, settings, system):
-    messages, fields = _find_messages(document)
-    roles = [message.get("role") for message in messages]
-    if system is not None and not set(SYSTEM_ROLES).intersection(roles):
-        messages = [{"role": "system", "content": system}] + messages
+    fields = dict(sampling.fields)
+    fields.update(_find_body(document))
+    fields.pop("stream", None)  # no request of a batch is streamed
+    fields.pop("stream_options", None)
+    messages = fields.pop("messages")
     model = fields.pop("model", None) or sampling.model
-    merged = dict(sampling.fields)
-    merged.update(fields)
-    sampling = sampling._replace(model=model, fields=merged)
+    has_system = any(message.get("role") in SYSTEM_ROLES for message in messages)
+    if system is not None and not has_system:
+        messages = [{"role": "system", "content": system}] + messages
+    sampling = sampling._replace(model=model, fields=fields)
     return build_chat_request(sampling, settings, messages, False)
 
 def parse_batch_line(number, line, sampling, settings, system=None):
@@ -7259,8 +7257,8 @@ def parse_batch_line(number, line, sampling, settings, system=None):
         return BatchRequest(number, custom_id, line, error=failure)
     return BatchRequest(number, custom_id, request.body, request)
 
-def _body_document(exchange):
-    """Return the document that answered, or None; text for an error that is no JSON."""
+def _response_body(exchange):
+    """Return the document that answered, or None; text for an error that is not JSON."""
     if not exchange.error_body:
         return exchange.document
     text = exchange.error_body.decode("utf-8", "replace")
@@ -7269,51 +7267,46 @@ def _body_document(exchange):
     except ValueError:
         return text
 
-def build_result(request, error, exchange=None):
+def build_result(request, error, exchange):
     """Return the JSON document that tells what came of the BatchRequest *request*.
 
     The *exchange* is None where it was not sent.
     """
-    response = described = None
+    result = {"id": request.id, "custom_id": request.custom_id, "response": None, "error": None}
     if exchange is not None and exchange.head is not None:
-        response = {
+        result["response"] = {
             "status_code": exchange.head.status,
             "request_id": exchange.head.headers.get("x-request-id"),
-            "body": _body_document(exchange),
+            "body": _response_body(exchange),
         }
     if error is not None:
-        described = {
+        result["error"] = {
             "kind": error.kind,
             "message": str(error),
             "code": error.code,
             "status": error.status,
             "request_id": error.request_id,
         }
-    return {"id": request.id, "custom_id": request.custom_id, "response": response,
-            "error": described}
+    return result
 
 def _escape_in_json(match):
     return json.dumps(match.group())[1:-1]
 
-def escape_line_ends(text):
-    """Return *text* as one line: its line ends and backslashes escaped as in JSON."""
-    return re.sub(LINE_ENDS, _escape_in_json, text)
-
 class LineReader:
     """Reads the lines of a descriptor as they are needed, without a wait.
 
-    *length* is the number of bytes to come, or None.
+    *length* is the number of bytes to come, or 0 where it is not known.
     """
 
-    def __init__(self, descriptor, length=None):
+    def __init__(self, descriptor, length=0):
         self.descriptor = descriptor
         self.length = length
         self.received = 0  # bytes
         self.blank_lines = 0
         self._ended = False
         self._number = 0
-        self._pieces = []  # of a line whose end has not come
         self._lines = []  # the next one last
+        self._partial = bytearray()  # a line whose end has not come
 
     def next_line(self):
         """Return the next (number, line), or None if it has not come yet, or at the end."""
@@ -7324,18 +7317,15 @@ class LineReader:
                 if line.strip():
                     return self._number, line
                 self.blank_lines += 1
-            elif self._is_ready():
-                self._read()
-            else:
+            elif os.name == "posix" and not poll_once([self.descriptor], [], 0)[0]:
                 break
+            else:
+                self._read()
         return None
 
     def is_exhausted(self):
-        """Tell whether next_line() has no more to give."""
+        """Return whether next_line() has no more to give."""
         return self._ended and not self._lines
-
-    def _is_ready(self):
-        return os.name != "posix" or bool(poll_once([self.descriptor], [], 0)[0])
 
     def _read(self):
         try:
@@ -7346,13 +7336,12 @@ class LineReader:
             raise UsageError(f"cannot read the requests: {os_reason(error)}") from error
         self.received += len(data)
         self._ended = not data
-        self._pieces.append(data)
-        if b"\n" in data or self._ended:
-            lines = b"".join(self._pieces).split(b"\n")
-            if not self._ended:
-                self._pieces = [lines.pop()]
-            elif not lines[-1]:
-                lines.pop()
+        if self._ended and self._partial:
+            data = b"\n"
+        self._partial += data
+        if b"\n" in data:
+            lines = bytes(self._partial).split(b"\n")
+            self._partial = bytearray(lines.pop())
             self._lines = lines[::-1]
 
 class Throttle:
@@ -7368,7 +7357,7 @@ class Throttle:
         self._lowered_at = 0
 
     def has_room(self, in_flight, now):
-        """Tell whether another request may be sent at the time *now*."""
+        """Return whether another request may be sent at the time *now*."""
         return now >= self.closed_until and in_flight < int(self.limit)
 
     def note_answer(self):
@@ -7400,10 +7389,9 @@ class ResultWriter:
 
     def add(self, place, line):
         """Take a line, the *place*th in the order of the requests."""
-        if not self._is_ordered:
-            self._unwritten += line
-            return
         self.held[place] = line
+        if not self._is_ordered:
+            self._next_place = place
         while self._next_place in self.held:
             self._unwritten += self.held.pop(self._next_place)
             self._next_place += 1
@@ -7423,6 +7411,7 @@ class ResultWriter:
         while self._unwritten:
             if os.name == "posix":
                 self._console.waiter.wait([], [self._descriptor])
+            sent = 0
             try:
                 sent = os.write(self._descriptor, self._unwritten[:PIPE_BYTES])
             except BlockingIOError:
@@ -7434,39 +7423,34 @@ class ResultWriter:
             self._unwritten = self._unwritten[sent:]
 
 def read_answered(path):
-    """Return the keys of the requests that the file *path* has an answer for.
+    """Return the (custom_id, id) of each request that the file *path* has an answer for.
 
     A last line that is half written is cut off.  Raise UsageError for a file of something else.
     """
     answered = set()
     good_bytes = 0
-    line = b"\n"
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:
         for line in file:
             try:
                 result = parse_json(line.decode("utf-8"))
-                key = result_key(result["custom_id"], result["id"])
+                names = result["custom_id"], result["id"]
                 if result["response"] and not result["error"]:
-                    answered.add(key)
+                    answered.add(names)
             except (ValueError, LookupError, TypeError) as error:
-                if line.endswith(b"\n"):
-                    raise UsageError(f"{utf8_argument(path)} holds other things than results of "
-                                     "batch: give --results another file") from error
-                line = b"\n"  # the one before it has its end
-                break
+                if b'{"id"'.startswith(line[:5]):
+                    break
+                raise UsageError(f"{utf8_argument(path)} holds other things than results of "
+                                 "batch: give --results another file") from error
             good_bytes += len(line)
-    os.truncate(path, good_bytes)
-    if not line.endswith(b"\n"):
-        with open(path, "ab") as file:
-            file.write(b"\n")
+            if not line.endswith(b"\n"):
+                file.write(b"\n")
+                good_bytes += 1
+        file.truncate(good_bytes)
     return answered
 
 def is_text_wanted(options):
-    """Tell whether -o asks for the answers alone, in place of JSON lines."""
+    """Return whether -o asks for the answers alone, in place of JSON lines."""
     return options.output in ("text", "table")
-
-def _time_of_retry(waiting):
-    return waiting[0]
 
 class Batch:
     """A run of batch: requests from a LineReader, results to a ResultWriter.
@@ -7476,9 +7460,8 @@ class Batch:
 
     def __init__(self, options, settings, console, build, reader, writer, progress):
         self.first_failure = None  # (number of the line, exit status)
-        self.answered_before = set()  # keys
-        self._concurrency = options.concurrency
-        self._max_failures = options.max_failures
+        self.answered_before = set()  # (custom_id, id)
+        self._options = options
         self._prints_text = is_text_wanted(options)
         self._settings = settings
         self._console = console
@@ -7491,11 +7474,15 @@ class Batch:
         self._loop = None
         self._watches_input = False
         self._asked = {}  # Exchange -> BatchRequest
-        self._again = []  # (monotonic time, BatchRequest) of those that are tried again
+        self._again = []  # (monotonic time, number, BatchRequest) of those that are tried again
         self._stops_at = None  # monotonic time at which requests in flight are dropped
         self._started = time.monotonic()
-        self._places = self._skipped = self._answered = self._failed = 0
-        self._tokens_in = self._tokens_out = 0
+        self._places = 0  # given to requests so far
+        self._skipped = 0
+        self._answered = 0
+        self._failed = 0
+        self._tokens_in = 0
+        self._tokens_out = 0
 
     def run(self):
         """Ask everything; raise the KeyboardInterrupt or Terminated that ended it early."""
@@ -7510,7 +7497,9 @@ class Batch:
                     if ending:
                         self._stops_at = 0
                     ending = ending or interrupt
-        filler = b"\n" if self._prints_text else b""
+        filler = b""
+        if self._prints_text:
+            filler = b"\n"
         self._writer.release(filler)
         with contextlib.suppress(KeyboardInterrupt, Terminated):
             self._writer.flush()
@@ -7526,9 +7515,19 @@ class Batch:
             parts.append(f"{self._skipped} answered before")
         if self._reader.blank_lines:
             parts.append(plural(self._reader.blank_lines, "blank line"))
-        parts.append(f"{done / seconds:.1f}/s")
-        parts.append(f"{self._tokens_in} tokens in, {self._tokens_out} out")
+        rate = done / seconds
+        parts.append(f"{rate:.1f}/s")
+        parts.append(f"{self._tokens_in} tokens in")
+        parts.append(f"{self._tokens_out} out")
         return ", ".join(parts)
+
+    def _describe(self):
+        line = f"{self.summary()}, {len(self._asked)} in flight"
+        if self._reader.length and self._reader.received:
+            seconds = time.monotonic() - self._started
+            left = seconds * (self._reader.length / self._reader.received - 1)
+            line += f", about {max(0, left):.0f} s left"
+        return line
 
     def _is_done(self):
         if self._stops_at is not None:
@@ -7540,7 +7539,14 @@ class Batch:
         now = time.monotonic()
         if self._stops_at is None:
             self._launch(now)
-        for exchange in self._loop.turn(self._wake_time(now)):
+        wake_at = now + PROGRESS_SECONDS
+        events = [self._throttle.closed_until, self._stops_at or 0]
+        if self._again:
+            events.append(self._again[0][0])
+        for at in events:
+            if now < at < wake_at:
+                wake_at = at
+        for exchange in self._loop.turn(wake_at):
             self._take(exchange)
         self._progress.show(self._describe)
 
@@ -7556,24 +7562,6 @@ class Batch:
             self._console.print_line(f"waiting up to {GRACE_SECONDS} s for {count} in flight; "
                                      "another Ctrl+C drops them")
 
-    def _wake_time(self, now):
-        if self._stops_at is not None:
-            return self._stops_at
-        wake_at = now + PROGRESS_SECONDS
-        if self._again:
-            wake_at = min(wake_at, max(self._again[0][0], self._throttle.closed_until))
-        elif self._throttle.closed_until > now:
-            wake_at = min(wake_at, self._throttle.closed_until)
-        return wake_at
-
-    def _describe(self):
-        line = f"{self.summary()}, {len(self._asked)} in flight"
-        if self._reader.length and self._reader.received:
-            seconds = time.monotonic() - self._started
-            left = seconds * (self._reader.length / self._reader.received - 1)
-            line += f", about {max(0, left):.0f} s left"
-        return line
-
     # What is asked
 
     def _launch(self, now):
@@ -7588,25 +7576,26 @@ class Batch:
     def _next_request(self, now):
         """Return the BatchRequest to send next, or None if there is none at the time *now*."""
         if self._again and self._again[0][0] <= now:
-            return self._again.pop(0)[1]
+            return self._again.pop(0)[2]
         self._watch_input(False)
+        most = self._options.concurrency
         outstanding = len(self._asked) + len(self._again)
-        while outstanding < self._concurrency and self._stops_at is None:
-            if outstanding + len(self._writer.held) >= HELD_RESULTS * self._concurrency:
+        while outstanding < most and self._stops_at is None:
+            if outstanding + len(self._writer.held) >= HELD_RESULTS * most:
                 return None
             numbered = self._reader.next_line()
             if numbered is None:
                 self._watch_input(not self._reader.is_exhausted())
                 return None
             request = self._build(*numbered)
-            if request.key in self.answered_before:
+            if (request.custom_id, request.id) in self.answered_before:
                 self._skipped += 1
                 continue
             request.place = self._places
             self._places += 1
             if request.error is None:
                 return request
-            self._put_failure(request, request.error)
+            self._put(request, request.error, None)
         return None
 
     def _watch_input(self, on):
@@ -7624,19 +7613,17 @@ class Batch:
     def _take(self, exchange):
         request = self._asked.pop(exchange)
         error = exchange.find_error()
-        if error is None:
-            self._throttle.note_answer()
-            self._put_answer(request, exchange)
-            return
-        seconds = self._delay_before_retry(request, error)
+        seconds = None
+        if error is not None:
+            seconds = self._delay_before_retry(request, error)
         if seconds is None:
-            self._put_failure(request, error, exchange)
+            self._put(request, error, exchange)
             return
         now = time.monotonic()
         if isinstance(error, RateLimitError):
             self._throttle.note_refusal(exchange.sent_at, seconds, now)
-        self._again.append((now + seconds, request))
-        self._again.sort(key=_time_of_retry)
+        self._again.append((now + seconds, request.number, request))
+        self._again.sort()
 
     def _delay_before_retry(self, request, error):
         """Return the seconds until *request* is tried again, or None where it has failed."""
@@ -7656,36 +7643,28 @@ class Batch:
             return None
         return retry_delay(request.failures, error.retry_after, random())
 
-    def _put_answer(self, request, exchange):
-        self._answered += 1
-        usage = exchange.reply.usage
-        self._tokens_in += usage.prompt or 0
-        self._tokens_out += usage.completion or 0
-        self._put(request, None, exchange)
-
-    def _put_failure(self, request, error, exchange=None):
-        self._failed += 1
-        failure = request.number, error.exit_status
-        if self.first_failure is None or failure < self.first_failure:
-            self.first_failure = failure
-        self._put(request, error, exchange)
-        if self._failed == self._max_failures:
-            self._stop_asking()
-
     def _put(self, request, error, exchange):
+        if error is None:
+            self._throttle.note_answer()
+            self._answered += 1
+            self._tokens_in += exchange.reply.usage.prompt or 0
+            self._tokens_out += exchange.reply.usage.completion or 0
+        else:
+            self._failed += 1
+            failure = request.number, error.exit_status
+            self.first_failure = min(self.first_failure or failure, failure)
+            if self._failed == self._options.max_failures:
+                self._stop_asking()
+        line = ""
         if not self._prints_text:
             line = json_text(build_result(request, error, exchange))
         elif error is None:
-            line = escape_line_ends(exchange.reply.text)
-        else:
-            line = ""
+            line = re.sub(LINE_ENDS, _escape_in_json, exchange.reply.text)
         self._writer.add(request.place, (line + "\n").encode("utf-8", "replace"))
 
 @contextlib.contextmanager
 def open_requests(path):
     """Yield a LineReader of the file *path*; '-' or None is standard input."""
-    import stat
-
     with contextlib.ExitStack() as stack:
         file = sys.stdin
         if path not in (None, "-"):
@@ -7697,37 +7676,30 @@ def open_requests(path):
         if file is None:
             raise UsageError("standard input is closed: give a FILE of requests")
         descriptor = file.fileno()
-        length = None
-        status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode):
-            length = status.st_size - os.lseek(descriptor, 0, os.SEEK_CUR)
-        yield LineReader(descriptor, length)
+        yield LineReader(descriptor, os.fstat(descriptor).st_size)
 
 @contextlib.contextmanager
 def open_results(path):
     """Yield a descriptor that appends to the file *path*, which is made if missing and locked."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        file = open(path, "ab", buffering=0)
     except OSError as error:
         raise UsageError(f"cannot write {utf8_argument(path)}: {os_reason(error)}") from error
-    try:
-        with locked(path) as is_ours:
-            if not is_ours:
-                raise UsageError(f"another process writes to {utf8_argument(path)}")
-            yield descriptor
-    finally:
-        os.close(descriptor)
+    with file, locked(path) as is_ours:
+        if not is_ours:
+            raise UsageError(f"another process writes to {utf8_argument(path)}")
+        yield file.fileno()
 
 def _show_requests(reader, build, settings, console):
     while not reader.is_exhausted():
         numbered = reader.next_line()
-        if numbered:
-            request = build(*numbered)
-            if request.error:
-                raise request.error
-            send_dry_run(request.request, settings, console)
-        else:
+        if numbered is None:
             console.waiter.wait([reader.descriptor], seconds=PROGRESS_SECONDS)
+            continue
+        request = build(*numbered)
+        if request.error:
+            raise request.error
+        send_dry_run(request.request, settings, console)
 
 def run_batch(options, console):
     """Ask a question for each line of the input; return the exit status of the first failure."""
@@ -7746,15 +7718,14 @@ def run_batch(options, console):
         descriptor = None
         if not console.out.is_terminal and sys.stdout:
             descriptor = sys.stdout.fileno()
-        answered_before = set()
         if options.results:
             descriptor = stack.enter_context(open_results(options.results))
-            answered_before = read_answered(options.results)
         progress = Progress(console)
         is_ordered = options.ordered or is_text_wanted(options)
         writer = ResultWriter(descriptor, is_ordered, console, progress)
         batch = Batch(options, settings, console, build, reader, writer, progress)
-        batch.answered_before = answered_before
+        if options.results:
+            batch.answered_before = read_answered(options.results)
         try:
             batch.run()
         finally:
@@ -7781,11 +7752,16 @@ REPORT_COLUMNS = 80
 FIGURES_COLUMNS = 59  # of the table: all but endpoint and load
 UNFINISHED = "unfinished"  # in place of an error, as NOT_SENT
 NOT_SENT = "not sent"
-BENCH_TIMES = ("ttft", "tpot", "itl", "e2e", "wait", "connect")
-BENCH_STATISTICS = ("mean", "p50", "p90", "p95", "p99", "max", "min")
+BENCH_STATISTICS = ("mean", "p50", "p90", "p95", "p99", "max")
 LAG_STATISTICS = ("p50", "p99", "max")
-METRICS = ("one of ttft, tpot, itl, e2e, wait, connect, with .mean .p50 .p90 .p95 .p99 .max .min; "
-           "lag.p50 .p99 .max; tok/s; req/s; errors; slo")
+BENCH_RATES = {"tok/s": "output_tokens_per_second", "req/s": "requests_per_second"}
+CONDITION = r"""(?x) \s*
+    ( (?: ttft | tpot | itl | e2e | wait | connect )
+        \. (?: mean | p50 | p90 | p95 | p99 | max | min )
+      | lag\. (?: p50 | p99 | max ) | tok/s | req/s | ( errors | slo ) )
+    \s* ( [<>]=? ) \s* ( \d+ (?: \.\d+ )? ) ( (?(2) %? ) ) \s* \Z"""  # % of errors or slo only
+METRICS = ("ttft, tpot, itl, e2e, wait or connect with .mean .p50 .p90 .p95 .p99 .max or .min; "
+           "lag.p50, lag.p99, lag.max, tok/s, req/s; errors or slo, also in %")
 LOAD_OPTIONS = ("concurrency", "rate", "duration", "requests", "warmup", "prompt_tokens",
                 "max_tokens", "cached", "seed", "no_keepalive", "model")  # that --save keeps
 BENCH_WORDS = ("time river stone light quick green table seven paper north cloud music field "
@@ -7793,30 +7769,49 @@ BENCH_WORDS = ("time river stone light quick green table seven paper north cloud
                "number letter doctor simple yellow market").split()
 ERROR_HEADS = ("      TTFT ms          TPOT ms     E2E s    output",
                "    p50    p95    p50    p95    p95   tok/s  req/s   errors")
-SLO_HEADS = (ERROR_HEADS[0] + "   within",
+SLO_HEADS = ("      TTFT ms          TPOT ms     E2E s    output   within",
              "    p50    p95    p50    p95    p95   tok/s  req/s  targets")
-DETAILS = (("ttft_ms", "TTFT ms"), ("tpot_ms", "TPOT ms"), ("itl_ms", "ITL ms"),
-           ("e2e_ms", "E2E s"), ("wait_ms", "wait ms"), ("connect_ms", "connect ms"))
+TABLE_TIMES = (("ttft_ms", "p50", 1), ("ttft_ms", "p95", 1), ("tpot_ms", "p50", 1),
+               ("tpot_ms", "p95", 1), ("e2e_ms", "p95", 2))  # with their decimals
+BENCH_TIMES = {"ttft_ms": "TTFT ms", "tpot_ms": "TPOT ms", "itl_ms": "ITL ms",
+               "e2e_ms": "E2E s", "wait_ms": "wait ms", "connect_ms": "connect ms"}
 BLOCKS = " ▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = " .:-=+*#"
 
-BenchRequest = namedtuple("BenchRequest", [  # one request of a run; times in milliseconds
-    "run",            # id of the run
-    "endpoint",
-    "load",           # such as "c=16" or "rate=50"
-    "start_ms",       # when it was due, since the run began
-    "wait_ms",        # from then to its first byte sent
-    "connect_ms",     # or None where its connection was open already
-    "ttft_ms",        # from due to the first chunk with text or reasoning
-    "e2e_ms",         # from due to the last one
-    "itl_ms",         # list: from each such chunk to the next
-    "input_tokens",   # or None where the server does not tell
-    "cached_tokens",
-    "output_tokens",  # chunks where the server does not tell tokens
-    "exact",          # False: they are chunks
-    "finish_reason",
-    "error",          # None, a kind such as "rate_limit (HTTP 429)", UNFINISHED or NOT_SENT
-])
+class BenchRequest(namedtuple("BenchRequest", [
+        "run",            # id of the run
+        "endpoint",
+        "load",           # such as "c=16" or "rate=50"
+        "start_ms",       # when it was due, since the run began
+        "wait_ms",        # from then to its first byte sent
+        "connect_ms",     # or None where its connection was open already
+        "ttft_ms",        # from due to the first chunk with text or reasoning
+        "e2e_ms",         # from due to the last one
+        "itl_ms",         # list: from each such chunk to the next
+        "input_tokens",   # or None where the server does not tell
+        "cached_tokens",
+        "output_tokens",  # chunks where the server does not tell tokens
+        "exact",          # False: they are chunks
+        "finish_reason",
+        "error",          # None, a kind such as "rate_limit (HTTP 429)", UNFINISHED or NOT_SENT
+])):
+    """One request of a run; times in milliseconds."""
+    __slots__ = ()
+
+    @property
+    def chunks(self):
+        """The number of chunks with text or reasoning."""
+        if self.ttft_ms is None:
+            return 0
+        return len(self.itl_ms) + 1
+
+    @property
+    def tpot_ms(self):
+        """The time from the first chunk to the last, for each token after the first chunk."""
+        if self.chunks < 2 or not self.output_tokens:
+            return None
+        later_tokens = self.output_tokens * (self.chunks - 1) / self.chunks
+        return sum(self.itl_ms) / later_tokens
 
 BenchRun = namedtuple("BenchRun", [
     "run",
@@ -7853,48 +7848,37 @@ def parse_rates(text):
 
 def parse_condition(text):
     """Return the Condition in *text*, such as "ttft.p95>800" (for argparse's type=)."""
-    match = re.match(r"([a-z0-9./]+) *([<>]=?) *(\d+(?:\.\d+)?)(%?)\Z", text.strip())
+    match = re.match(CONDITION, text)
     if not match:
-        raise argparse.ArgumentTypeError(f"must be METRIC>NUMBER or METRIC<NUMBER: {METRICS}")
-    metric, sign, limit, percent = match.groups()
-    name, _, statistic = metric.partition(".")
-    is_known = metric in ("errors", "slo")
-    if not percent:
-        is_known = is_known or metric in ("tok/s", "req/s")
-        is_known = is_known or name in BENCH_TIMES and statistic in BENCH_STATISTICS
-        is_known = is_known or name == "lag" and statistic in LAG_STATISTICS
-    if not is_known:
-        raise argparse.ArgumentTypeError(f"must not be about {metric}{percent}: {METRICS}")
+        raise argparse.ArgumentTypeError(
+            f"must be METRIC>NUMBER or METRIC<NUMBER, with a metric of {METRICS}")
+    metric, _, sign, limit, percent = match.groups()
     return Condition(text, metric + percent, sign, float(limit))
 
-def count_errors(result):
-    """Return how many requests of a result failed, and how many ended."""
-    failed = sum(result["errors"].values())
-    return failed, failed + result["ok"]
+def metric_value(metric, result, lag_ms=None):
+    """Return what --fail-if calls *metric*, or None where it is unknown; times are in ms."""
+    name, _, statistic = metric.partition(".")
+    if name == "lag":
+        return lag_ms[statistic]
+    if statistic:
+        return result[name + "_ms"][statistic]
+    if metric in BENCH_RATES:
+        return result[BENCH_RATES[metric]]
+    count = sum(result["errors"].values())
+    total = count + result["ok"]
+    if name.startswith("slo"):
+        if not result["slo"]:
+            return None
+        count = result["slo"]["met"]
+        total = result["slo"]["of"]
+    if not name.endswith("%"):
+        return count
+    if total:
+        return 100 * count / total
+    return None
 
-def list_metrics(result, lag_ms):
-    """Return what --fail-if knows of a result, name -> number or None; times are in ms."""
-    metrics = {
-        "tok/s": result["output_tokens_per_second"],
-        "req/s": result["requests_per_second"],
-    }
-    for name in BENCH_TIMES:
-        for statistic in BENCH_STATISTICS:
-            metrics[f"{name}.{statistic}"] = result[name + "_ms"][statistic]
-    for statistic in LAG_STATISTICS:
-        metrics["lag." + statistic] = lag_ms[statistic]
-    counts = {"errors": count_errors(result)}
-    if result["slo"]:
-        counts["slo"] = result["slo"]["met"], result["slo"]["of"]
-    for name, (count, total) in counts.items():
-        metrics[name] = count
-        if total:
-            metrics[name + "%"] = 100 * count / total
-    return metrics
-
-def condition_holds(condition, metrics):
-    """Tell whether *condition* holds for *metrics*; without a number it does not."""
-    value = metrics.get(condition.metric)
+def condition_holds(condition, value):
+    """Return whether *condition* holds for the *value* of its metric, or False for None."""
     if value is None:
         return False
     if value == condition.limit:
@@ -7902,24 +7886,6 @@ def condition_holds(condition, metrics):
     return (value < condition.limit) == ("<" in condition.sign)
 
 # Arithmetic
-
-def chunk_count(request):
-    """Return how many chunks with text or reasoning the BenchRequest brought."""
-    if request.ttft_ms is None:
-        return 0
-    return len(request.itl_ms) + 1
-
-def tpot_ms(request):
-    """Return the time per output token of a request, or None for a single chunk.
-
-    It is the time from the first chunk to the last, over the tokens that came in it: all but those
-    of the first chunk.
-    """
-    chunks = chunk_count(request)
-    if chunks < 2 or not request.output_tokens:
-        return None
-    later_tokens = request.output_tokens * (chunks - 1) / chunks
-    return sum(request.itl_ms) / later_tokens
 
 def overlap(begin, end, other_begin, other_end):
     """Return the length that two spans have in common."""
@@ -7939,15 +7905,13 @@ def window_rates(requests, begin, end, chunk_tokens, usual_ms):
         hits = int(begin <= at <= end)
         for gap in request.itl_ms:
             at += gap
-            if begin <= at <= end:
-                hits += 1
+            hits += int(begin <= at <= end)
         whole_ms = max(at - request.start_ms, 0.001)
-        per_chunk = chunk_tokens
         if request.error is None:
-            per_chunk = request.output_tokens / chunk_count(request)
+            tokens += hits * request.output_tokens / request.chunks
         else:
+            tokens += hits * chunk_tokens
             whole_ms = max(whole_ms, usual_ms)
-        tokens += hits * per_chunk
         share += overlap(request.start_ms, at, begin, end) / whole_ms
     seconds = (end - begin) / 1000
     return tokens / seconds, share / seconds
@@ -7983,50 +7947,40 @@ def merge_rates(spans):
         return None, None, 0, 0
     return tokens / len(groups), requests / len(groups), seconds, len(groups)
 
-def meets_targets(request, slo):
-    """Tell whether a request ended well, and within the targets *slo*."""
-    if request.error is not None:
-        return False
-    for value, target in ((request.ttft_ms, slo["ttft_ms"]), (tpot_ms(request), slo["tpot_ms"])):
-        if value is not None and target is not None and value > target:
-            return False
-    return True
-
 class BenchSet:
     """The requests of one endpoint at one load, from one run or from several."""
 
     def __init__(self, endpoint, load, runs):
         self.endpoint = endpoint
         self.load = load
-        self.runs = [run for run in runs if run.load == load]
+        self.runs = []  # with the requests to this endpoint alone
         self.requests = []
-        for run in self.runs:
-            self.requests += self._of(run)
-        self.good = [request for request in self.requests if request.error is None]
+        for run in runs:
+            if run.load == load:
+                requests = [one for one in run.requests if one.endpoint == endpoint]
+                self.runs.append(run._replace(requests=requests))
+                self.requests += requests
+        self.good = [one for one in self.requests if one.error is None]
         self.groups = 0  # runs, or runs at the same time, one after the other
 
-    def _of(self, run):
-        return [request for request in run.requests if request.endpoint == self.endpoint]
-
     def values(self, name):
-        """Return the known values of a field, or of "tpot_ms", of the requests that ended well."""
-        if name == "tpot_ms":
-            values = [tpot_ms(request) for request in self.good]
-        else:
-            values = [getattr(request, name) for request in self.good]
+        """Return the known values of an attribute of the requests that ended well."""
+        values = [getattr(request, name) for request in self.good]
+        if name == "itl_ms":
+            values = itertools.chain(*values)
         return [value for value in values if value is not None]
 
     def result(self):
         """Return the result as -o json has it."""
         errors = [request.error for request in self.requests]
-        chunks = sum(map(chunk_count, self.good))
-        output = sum(self.values("output_tokens"))
-        chunk_tokens = output / chunks if chunks else None
-        tokens_rate, request_rate, seconds, self.groups = self._rates(chunk_tokens or 1)
-        gaps = [gap for request in self.good for gap in request.itl_ms]
-        connects = [one.connect_ms for one in self.requests if one.connect_ms is not None]
         failures = [error for error in errors if error not in (None, UNFINISHED, NOT_SENT)]
-        return {
+        output = sum(self.values("output_tokens"))
+        chunks = sum(self.values("chunks"))
+        chunk_tokens = None
+        if chunks:
+            chunk_tokens = output / chunks
+        tokens_rate, request_rate, seconds, self.groups = self._rates(chunk_tokens or 1)
+        result = {
             "endpoint": self.endpoint,
             "load": self.load,
             "requests": len(errors) - errors.count(NOT_SENT),
@@ -8035,41 +7989,45 @@ class BenchSet:
             "not_sent": errors.count(NOT_SENT),
             "errors": {name: failures.count(name) for name in sorted(set(failures))},
             "seconds": seconds,
-            "ttft_ms": summary(self.values("ttft_ms")),
-            "tpot_ms": summary(self.values("tpot_ms")),
-            "itl_ms": summary(gaps),
-            "e2e_ms": summary(self.values("e2e_ms")),
-            "wait_ms": summary(self.values("wait_ms")),
-            "connect_ms": summary(connects),
-            "output_tokens_per_second": tokens_rate,
-            "requests_per_second": request_rate,
-            "input_tokens": sum(self.values("input_tokens")),
-            "output_tokens": output,
-            "cached_tokens": sum(self.values("cached_tokens")),
-            "exact": all(request.exact for request in self.good),
-            "tokens_per_chunk": chunk_tokens,
-            "slo": self._count_targets(),
         }
+        for name in BENCH_TIMES:
+            result[name] = summary(self.values(name))
+        result.update(
+            output_tokens_per_second=tokens_rate,
+            requests_per_second=request_rate,
+            input_tokens=sum(self.values("input_tokens")),
+            output_tokens=output,
+            cached_tokens=sum(self.values("cached_tokens")),
+            exact=all(self.values("exact")),
+            tokens_per_chunk=chunk_tokens,
+            slo=self._count_targets(),
+        )
+        return result
 
     def _rates(self, chunk_tokens):
         ends = self.values("e2e_ms")
         usual_ms = sum(ends) / max(1, len(ends))
         spans = []
         for run in self.runs:
-            requests = self._of(run)
-            begin, end = run_window(run, requests)
+            begin, end = run_window(run, run.requests)
             if end > begin:
-                rates = window_rates(requests, begin, end, chunk_tokens, usual_ms)
-                spans.append((run.began + begin / 1000, run.began + end / 1000) + rates)
+                rates = window_rates(run.requests, begin, end, chunk_tokens, usual_ms)
+                began = run.began + begin / 1000
+                ended = run.began + end / 1000
+                spans.append((began, ended, *rates))
         return merge_rates(spans)
 
     def _count_targets(self):
         slo = self.runs[0].slo
         if not slo:
             return None
-        ended = [one for one in self.requests if one.error not in (UNFINISHED, NOT_SENT)]
-        met = [one for one in ended if meets_targets(one, slo)]
-        return dict(slo, met=len(met), of=len(ended))
+        met = ended = 0
+        for request in self.requests:
+            missed = [name for name, target in slo.items()
+                      if target and (getattr(request, name) or 0) > target]
+            ended += request.error not in (UNFINISHED, NOT_SENT)
+            met += request.error is None and not missed
+        return dict(slo, met=met, of=ended)
 
     def notes(self, result):
         """Return sentences on what a reader of *result* may not expect."""
@@ -8084,8 +8042,6 @@ class BenchSet:
             notes.append(f"ITL is by chunk, and a chunk holds {per_chunk:.1f} tokens")
         if self.groups > 1:
             notes.append(f"rates are averages of {self.groups} runs, one after the other")
-        if result["not_sent"]:
-            notes.append(f"{result['not_sent']} not sent while {MAX_UNFINISHED} were unfinished")
         return notes
 
 def _draw_median(ordered, random):
@@ -8095,9 +8051,6 @@ def _draw_median(ordered, random):
     rank = random.betavariate(middle, count - middle + 1)
     return ordered[min(int(rank * count), count - 1)]
 
-def _percent_above(value, other):
-    return 100 * (value / max(other, 1e-9) - 1)
-
 def compare_medians(values, others, random):
     """Return by how many percent the median of *values* is above that of *others*: (it, low, high).
 
@@ -8105,25 +8058,17 @@ def compare_medians(values, others, random):
     """
     values = sorted(values)
     others = sorted(others)
-    changes = []
+    pairs = [(percentile(values, 50), percentile(others, 50))]
     for _ in range(RESAMPLES):
-        median = _draw_median(values, random)
-        changes.append(_percent_above(median, _draw_median(others, random)))
+        pairs.append((_draw_median(values, random), _draw_median(others, random)))
+    changes = []
+    for value, other in pairs:
+        changes.append(100 * (value / max(other, 1e-9) - 1))
+    change = changes.pop(0)
     changes.sort()
-    change = _percent_above(percentile(values, 50), percentile(others, 50))
     return change, percentile(changes, 2.5), percentile(changes, 97.5)
 
 # Saved runs
-
-def _round_times(fields):
-    rounded = {}
-    for name, value in fields.items():
-        if isinstance(value, float):
-            value = round(value, 3)
-        elif name == "itl_ms":
-            value = [round(gap, 3) for gap in value]
-        rounded[name] = value
-    return rounded
 
 def save_lines(run):
     """Return the text that saves a BenchRun: a line of JSON for its head, and one a request."""
@@ -8131,7 +8076,7 @@ def save_lines(run):
     del head["requests"]
     lines = [json_text(head)]
     for request in run.requests:
-        lines.append(json_text(_round_times(request._asdict())))
+        lines.append(json_text(request._asdict()))
     return "\n".join(lines) + "\n"
 
 def parse_saved_runs(text, path):
@@ -8140,69 +8085,56 @@ def parse_saved_runs(text, path):
     A last line that is half written is left out.
     """
     runs = {}
-    lines = text.split("\n")
-    del lines[-1]
     try:
-        for line in filter(None, lines):
+        for line in filter(None, text.split("\n")[:-1]):
             fields = parse_json(line)
+            name = fields["run"]
             if "began" in fields:
-                values = [fields[name] for name in BenchRun._fields[:-1]]
-                runs[fields["run"]] = BenchRun(*values, requests=[])
+                runs[name] = BenchRun(requests=[], **fields)
             else:
-                values = [fields[name] for name in BenchRequest._fields]
-                runs[fields["run"]].requests.append(BenchRequest(*values))
+                runs[name].requests.append(BenchRequest(**fields))
     except (ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{path} holds other things than lines of bench --save") from error
     return list(runs.values())
 
 # A run
 
-def build_prompts(tokens, random):
-    """Return some made-up prompts of about as many *tokens*; *random* is a random.Random."""
-    prompts = []
-    for _ in range(MADE_UP_PROMPTS):
-        words = [random.choice(BENCH_WORDS) for _ in range(tokens)]
-        prompts.append(" ".join(words))
-    return prompts
-
 class BenchTarget:
     """An endpoint that a run asks: its prompts, its slots or arrivals, and what came of it."""
 
     def __init__(self, settings, sampling, prompts, options):
-        from random import Random
-
-        self.settings = settings
         self.endpoint = settings.endpoint
-        self.takes_stream_options = True
-        self.arrivals = Random()
+        self.wanted = options.requests or float("inf")
+        self._settings = settings
         self._route = find_route(endpoint_url(settings.base_url, settings.endpoint, CHAT_PATH))
-        self._sampling = sampling
+        self.fields = dict(sampling.fields)  # of the body, for this endpoint
+        self._sampling = sampling._replace(fields=self.fields)
         self._prompts = prompts
         self._options = options
         self.restart([])
 
     def restart(self, free_at):
         """Begin a run, with the same prompts and arrivals as each."""
+        from random import Random
+
         self.free_at = free_at  # monotonic times at which a slot is free, or of the next arrival
-        self.arrivals.seed(self._options.seed)
+        self.arrivals = Random(self._options.seed)
         self.sent = 0
         self.in_flight = 0
         self.failures = 0  # in a row
         self.requests = []  # BenchRequest, those that ended
 
-    def build_exchange(self, due=None):
-        """Return the Exchange for the next prompt, due at a monotonic time."""
+    def build_exchange(self):
+        """Return the Exchange for the next prompt."""
         prompt = self._prompts[self.sent % len(self._prompts)]
         if not self._options.cached:
             prompt = f"{os.urandom(4).hex()} {prompt}"
         messages = [{"role": "user", "content": prompt}]
         if self._options.system is not None:
             messages.insert(0, {"role": "system", "content": self._options.system})
-        request = build_chat_request(self._sampling, self.settings, messages, True)
-        if not self.takes_stream_options:
-            request = without_stream_options(request) or request
+        request = build_chat_request(self._sampling, self._settings, messages, True)
         self.sent += 1
-        return Exchange(request, self._route, self.settings, due)
+        return Exchange(request, self._route, self._settings)
 
 def find_failure(exchange):
     """Return the error of an ended exchange, or None.  Reasoning alone is no failure here."""
@@ -8215,7 +8147,7 @@ def milliseconds(since, at):
     """Return the milliseconds from one monotonic time to another, or None if one is None."""
     if since is None or at is None:
         return None
-    return 1000 * (at - since)
+    return round(1000 * (at - since), 3)
 
 def gaps_between(arrivals):
     """Return the milliseconds from each chunk to the next; those of one read came together."""
@@ -8223,34 +8155,33 @@ def gaps_between(arrivals):
     last = None
     for at, count in arrivals:
         if last is not None:
-            gaps.append(1000 * (at - last))
+            gaps.append(milliseconds(last, at))
         gaps += [0.0] * (count - 1)
         last = at
     return gaps
 
-def run_duration(options):
-    """Return the seconds of a run, or None where --requests alone ends it."""
-    if options.duration is None and options.requests is None:
-        return DEFAULT_DURATION_SECONDS
-    return options.duration
-
 class BenchRunner:
-    """Runs one load against all targets at the same time, on the RequestLoop *loop*."""
+    """Runs one load against all targets at the same time, on the RequestLoop *loop*.
+
+    The load is ("c", number of slots) or ("rate", requests a second).
+    """
 
     def __init__(self, loop, targets, load, options, progress):
         self.stopped = False  # by too many failures
         self.interrupt = None  # KeyboardInterrupt or Terminated
         self._loop = loop
         self._targets = targets
-        self._kind, self._amount = load  # "c" and a number of slots, or "rate" and one a second
+        self._kind, self._amount = load
         self._load = f"{self._kind}={self._amount:g}"
         self._options = options
         self._progress = progress
         self._run = os.urandom(6).hex()
         self._owners = {}  # Exchange -> BenchTarget
-        self._duration = run_duration(options)
         self._began = self._last_launch = time.monotonic()
-        self._ramp = min(1, (self._duration or 10) / 10)
+        self._ramp = min(1, (options.duration or 10) / 10)
+        self._slo = None
+        if options.slo_ttft is not None or options.slo_tpot is not None:
+            self._slo = {"ttft_ms": options.slo_ttft, "tpot_ms": options.slo_tpot}
 
     def measure(self):
         """Return the BenchRun; *interrupt* is the signal that ended it early, or None."""
@@ -8261,8 +8192,12 @@ class BenchRunner:
         began = time.time()
         self._began = time.monotonic()
         self._loop.restart_beats()
+        first_launches = [self._began]
+        if self._kind == "c":
+            step = self._ramp / self._amount
+            first_launches = [self._began + step * slot for slot in range(self._amount)]
         for target in self._targets:
-            target.restart(self._first_launches())
+            target.restart(list(first_launches))
         try:
             self._work()
         except (KeyboardInterrupt, Terminated) as error:
@@ -8274,37 +8209,38 @@ class BenchRunner:
             self._loop.drop_all()
         for exchange, target in self._owners.items():
             self._keep(exchange, target, UNFINISHED)
-        return self._build_run(began)
-
-    def _first_launches(self):
-        if self._kind == "rate":
-            return [self._began]
-        step = self._ramp / self._amount
-        return [self._began + step * slot for slot in range(self._amount)]
+        lags = summary([milliseconds(0, lag) for lag in self._loop.lags])
+        return BenchRun(
+            run=self._run,
+            load=self._load,
+            began=began,
+            window_ms=[1000 * self._ramp, milliseconds(self._began, self._last_launch)],
+            slo=self._slo,
+            lag_ms={name: lags[name] or 0 for name in LAG_STATISTICS},
+            version=__version__,
+            options={name: getattr(self._options, name) for name in LOAD_OPTIONS},
+            requests=list(itertools.chain(*[target.requests for target in self._targets])),
+        )
 
     def _work(self):
-        stops_at = self._began + (self._duration or float("inf"))
-        dropped_at = stops_at + DRAIN_SECONDS
+        stops_at = self._began + (self._options.duration or float("inf"))
         while True:
             now = time.monotonic()
-            wake_at = now + PROGRESS_SECONDS
-            more = [target for target in self._targets if self._wants_more(target)]
+            more = [target for target in self._targets if target.sent < target.wanted]
             if now >= stops_at or self.stopped:
                 more = []
-            if now >= dropped_at or not more and not self._owners:
+            if not more and (not self._owners or now >= stops_at + DRAIN_SECONDS):
                 return
+            wake_at = now + PROGRESS_SECONDS
             for target in more:
                 wake_at = min(wake_at, self._launch(target, now))
             for exchange in self._loop.turn(wake_at):
                 self._take(exchange)
             self._progress.show(self._describe)
 
-    def _wants_more(self, target):
-        return self._options.requests is None or target.sent < self._options.requests
-
     def _launch(self, target, now):
         """Start what is due, and return when the next one is."""
-        while target.free_at and self._wants_more(target):
+        while target.free_at and target.sent < target.wanted:
             due = min(target.free_at)
             if due > now:
                 return due
@@ -8328,10 +8264,11 @@ class BenchRunner:
         error = find_failure(exchange)
         name = None
         rest = 0
-        target.failures += 1
         if error is None:
             target.failures = 0
         else:
+            target.failures += 1
+            self.stopped = self.stopped or target.failures >= FAILURES_TO_STOP
             name = error.kind
             if error.status:
                 name += f" (HTTP {error.status})"
@@ -8339,8 +8276,6 @@ class BenchRunner:
             if error.retry_after is not None:
                 rest = min(error.retry_after, MAX_RETRY_DELAY_SECONDS)
         self._keep(exchange, target, name)
-        if target.failures >= FAILURES_TO_STOP:
-            self.stopped = True
         if self._kind == "c":
             target.free_at.append(time.monotonic() + rest)
 
@@ -8370,58 +8305,42 @@ class BenchRunner:
             error=error,
         ))
 
-    def _build_run(self, began):
-        options = self._options
-        slo = None
-        if options.slo_ttft is not None or options.slo_tpot is not None:
-            slo = {"ttft_ms": options.slo_ttft, "tpot_ms": options.slo_tpot}
-        lags = summary([round(1000 * seconds, 3) for seconds in self._loop.lags])
-        requests = []
-        for target in self._targets:
-            requests += target.requests
-        return BenchRun(
-            run=self._run,
-            load=self._load,
-            began=began,
-            window_ms=[1000 * self._ramp, milliseconds(self._began, self._last_launch)],
-            slo=slo,
-            lag_ms={name: lags[name] or 0 for name in LAG_STATISTICS},
-            version=__version__,
-            options={name: getattr(options, name) for name in LOAD_OPTIONS},
-            requests=requests,
-        )
-
     def _describe(self):
         seconds = time.monotonic() - self._began
-        until = f"{seconds:.0f} s"
-        if self._duration:
-            until = f"{seconds:.0f} of {self._duration:g} s"
+        elapsed = f"{seconds:.0f}"
+        if self._options.duration:
+            elapsed += f" of {self._options.duration:g}"
         parts = []
         for target in self._targets:
             good = [one for one in target.requests if one.error is None]
             failed = len(target.requests) - len(good)
             rate = sum(one.output_tokens for one in good) / seconds
-            parts.append(f"{target.endpoint} {self._load} {until}: {len(good)} done, "
-                         f"{target.in_flight} in flight, {failed} failed, {rate:.0f} tok/s")
+            parts.append(
+                "{} {} {} s: {} done, {} in flight, {} failed, {:.0f} tok/s".format(
+                    target.endpoint,
+                    self._load,
+                    elapsed,
+                    len(good),
+                    target.in_flight,
+                    failed,
+                    rate,
+                ))
         return "; ".join(parts)
-
-def ask_once(loop, target):
-    """Send one request to *target*; return the error, or None."""
-    loop.start(target.build_exchange())
-    finished = []
-    while not finished:
-        finished = loop.turn(time.monotonic() + PROGRESS_SECONDS)
-    return find_failure(finished[0])
 
 def warm_up(loop, target, count):
     """Send *count* requests to *target*, one after the other; raise the error of one that fails."""
-    for _ in range(count):
-        error = ask_once(loop, target)
-        if error and refuses_stream_options(error):
-            target.takes_stream_options = False
-            error = ask_once(loop, target)
-        if error:
+    while target.sent < count:
+        loop.start(target.build_exchange())
+        finished = []
+        while not finished:
+            finished = loop.turn(time.monotonic() + PROGRESS_SECONDS)
+        error = find_failure(finished[0])
+        if error is None:
+            continue
+        if not refuses_stream_options(error) or "stream_options" in target.fields:
             raise error
+        target.fields["stream_options"] = None  # then it is not sent
+        target.sent -= 1
 
 # The report
 
@@ -8429,14 +8348,13 @@ def build_bench_document(sets, conditions, interrupted):
     """Return what -o json prints on the BenchSets *sets*; the lag is that of the worst run."""
     results = [bench_set.result() for bench_set in sets]
     lag_ms = dict.fromkeys(LAG_STATISTICS, 0)
-    for bench_set in sets:
-        for run in bench_set.runs:
-            for name in lag_ms:
-                lag_ms[name] = max(lag_ms[name], run.lag_ms[name])
-    rows = [list_metrics(result, lag_ms) for result in results]
+    for run in itertools.chain(*[bench_set.runs for bench_set in sets]):
+        for name in lag_ms:
+            lag_ms[name] = max(lag_ms[name], run.lag_ms[name])
     failed = []
     for condition in conditions:
-        if any(condition_holds(condition, metrics) for metrics in rows):
+        values = [metric_value(condition.metric, result, lag_ms) for result in results]
+        if any(condition_holds(condition, value) for value in values):
             failed.append(condition.text)
     return {
         "client": {"lag_ms": lag_ms, "trusted": lag_ms["p99"] <= MAX_LAG_MS},
@@ -8455,82 +8373,61 @@ def fixed(value, decimals, columns):
         text = f"{value:.{decimals}f}"
     return text.rjust(columns)
 
-def _row_figures(result):
-    """Return the figures of a row, without its last column."""
-    ttft = result["ttft_ms"]
-    tpot = result["tpot_ms"]
-    longest = result["e2e_ms"]["p95"]
-    if longest is not None:
-        longest /= 1000
+def _time_cell(result, name, statistic, decimals, columns):
+    value = result[name][statistic]
+    if value is not None and name == "e2e_ms":
+        value /= 1000
+    return fixed(value, decimals, columns)
+
+def _row_figures(result, styled):
+    line = ""
+    for name, statistic, decimals in TABLE_TIMES:
+        line += _time_cell(result, name, statistic, decimals, 7)
     rate = fixed(result["output_tokens_per_second"], 1, 7)
     if not result["exact"]:
         rate = "~" + rate.lstrip()
-    cells = [
-        fixed(ttft["p50"], 1, 7),
-        fixed(ttft["p95"], 1, 7),
-        fixed(tpot["p50"], 1, 7),
-        fixed(tpot["p95"], 1, 7),
-        fixed(longest, 2, 7),
-        rate.rjust(8),
-        fixed(result["requests_per_second"], 2, 7),
-    ]
-    return "".join(cells)
-
-def _last_cell(result, styled):
-    """Return the last column of a row: within targets, or the number of errors without targets."""
-    slo = result["slo"]
-    if slo is None:
-        return str(count_errors(result)[0]).rjust(9)
-    if not slo["of"]:
-        return "-".rjust(9)
-    share = 100 * slo["met"] / slo["of"]
+    line += rate.rjust(8) + fixed(result["requests_per_second"], 2, 7)
+    if not result["slo"]:
+        return line + fixed(metric_value("errors", result), 0, 9)
+    share = metric_value("slo%", result)
+    if share is None:
+        return line + fixed(share, 0, 9)
     cell = fixed(share, 1, 7) + " %"
     if styled and share < 100:
-        return RED + cell + RESET
-    return cell
+        cell = RED + cell + RESET
+    return line + cell
 
 def report_table(results, styled):
     """Return the lines of the table of *results*, with styles for a terminal if asked for."""
-    names = ["endpoint"]
-    loads = ["load"]
     above, below = ERROR_HEADS
+    if any(result["slo"] for result in results):
+        above, below = SLO_HEADS
+    rows = [("", "", above), ("endpoint", "load", below)]
     for result in results:
-        names.append(one_line(result["endpoint"]))
-        loads.append(result["load"])
-        if result["slo"]:
-            above, below = SLO_HEADS
+        name = one_line(result["endpoint"])
+        load = one_line(result["load"])
+        rows.append((name, load, _row_figures(result, styled)))
+    names, loads, _ = zip(*rows)
     load_width = max(map(len, loads)) + 2
     room = REPORT_COLUMNS - FIGURES_COLUMNS - load_width
     width = min(room, max(map(display_width, names)) + 1)
-    lines = [" " * (width + load_width) + above]
-    lines.append(names[0].ljust(width) + loads[0].ljust(load_width) + below)
-    if styled:
-        lines = [BOLD + line + RESET for line in lines]
-    for name, load, result in zip(names[1:], loads[1:], results):
+    lines = []
+    for name, load, figures in rows:
         name = truncate_middle(name, width - 1)
-        line = name + " " * (width - display_width(name))
-        line += load.ljust(load_width)
-        line += _row_figures(result)
-        line += _last_cell(result, styled)
-        lines.append(line)
+        blanks = " " * (width - display_width(name))
+        lines.append(name + blanks + load.ljust(load_width) + figures)
+    if styled:
+        lines[:2] = [BOLD + line + RESET for line in lines[:2]]
     return lines
 
 def detail_lines(result):
     """Return the lines that tell the figures of one result in full."""
-    statistics = BENCH_STATISTICS[:-1]
-    head = [name.rjust(9) for name in statistics]
+    head = [name.rjust(9) for name in BENCH_STATISTICS]
     lines = [" " * 12 + "".join(head)]
-    for name, label in DETAILS:
-        values = result[name]
-        if not values["n"]:
-            continue
-        line = label.ljust(12)
-        for statistic in statistics:
-            value = values[statistic]
-            if name == "e2e_ms":
-                value /= 1000
-            line += fixed(value, 2, 9)
-        lines.append(line)
+    for name, label in BENCH_TIMES.items():
+        if result[name]["n"]:
+            cells = [_time_cell(result, name, one, 2, 9) for one in BENCH_STATISTICS]
+            lines.append(label.ljust(12) + "".join(cells))
     return lines
 
 def histogram_line(values, blocks, columns):
@@ -8545,72 +8442,71 @@ def histogram_line(values, blocks, columns):
         index = int((value - low) / step)
         counts[min(index, len(counts) - 1)] += 1
     line = before
-    highest = max(counts)
     for count in counts:
-        height = count * (len(blocks) - 1) / highest
+        height = count * (len(blocks) - 1) / max(counts)
         line += blocks[int(height + 0.999)]  # not nothing for a few
     return line + after
 
 def total_line(result):
     """Return one line: how many requests were done, their tokens, and what went wrong."""
-    output = str(result["output_tokens"])
+    mark = ""
     if not result["exact"]:
-        output = "~" + output
-    line = (f"{result['ok']} of {result['requests']} done in {result['seconds']:.1f} s, "
-            f"{result['input_tokens']} tokens in, {output} out")
+        mark = "~"
+    line = ("{ok} of {requests} done in {seconds:.1f} s, "
+            "{input_tokens} tokens in, {mark}{output_tokens} out").format(mark=mark, **result)
     if result["cached_tokens"]:
-        line += f", {result['cached_tokens']} cached"
+        line += ", {cached_tokens} cached".format(**result)
     for name, count in result["errors"].items():
         line += f"; {count} x {name}"
     if result["unfinished"]:
-        line += f"; {result['unfinished']} unfinished"
+        line += "; {unfinished} unfinished".format(**result)
+    if result["not_sent"]:
+        line += "; {not_sent} not sent".format(**result)
     return line
 
-def comparison_line(bench_set, other):
-    """Return one line on how much slower *bench_set* was than *other*, or None for no figures."""
+def comparison_lines(bench_set, other):
+    """Return the line on how much slower *bench_set* was than *other*, or none without figures."""
     from random import Random
 
     parts = []
-    for name, label in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"), ("e2e_ms", "E2E")):
+    for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
         values = bench_set.values(name)
         others = other.values(name)
         if values and others:
-            change, low, high = compare_medians(values, others, Random(0))
-            parts.append(f"{label} p50 {change:+.0f} % ({low:+.0f} to {high:+.0f})")
+            label, _ = BENCH_TIMES[name].split()
+            changes = compare_medians(values, others, Random(0))
+            parts.append("{} p50 {:+.0f} % ({:+.0f} to {:+.0f})".format(label, *changes))
     if not parts:
-        return None
-    return f"{bench_set.endpoint} against {other.endpoint}: " + ", ".join(parts)
+        return []
+    names = one_line(f"{bench_set.endpoint} against {other.endpoint}")
+    return [f"{names}: {', '.join(parts)}"]
 
-def report_lines(document, sets, notes, output):
+def report_lines(document, sets, output):
     """Return the lines of the report for the Output *output*."""
     results = document["results"]
     lines = report_table(results, output.styled) + [""]
-    if len(sets) == 1 and results[0]["ttft_ms"]["n"]:
+    first_times = sets[0].values("ttft_ms")
+    if len(sets) == 1 and first_times:
         blocks = BLOCKS
         if not output.can_show(blocks):
             blocks = ASCII_BLOCKS
         lines += detail_lines(results[0]) + [""]
-        lines.append(histogram_line(sets[0].values("ttft_ms"), blocks, REPORT_COLUMNS))
-    compared = []
+        lines.append(histogram_line(first_times, blocks, REPORT_COLUMNS))
     first_of = {}  # load -> BenchSet
     for bench_set, result in zip(sets, results):
         label = ""
         if len(sets) > 1:
             label = f"{bench_set.endpoint} {bench_set.load}: "
-        lines.append(label + total_line(result))
-        notes = notes + [label + note for note in bench_set.notes(result)]
+        lines.append(one_line(label + total_line(result)))
+        lines += ["note: " + note for note in bench_set.notes(result)]
         first = first_of.setdefault(bench_set.load, bench_set)
         if bench_set is not first:
-            compared.append(comparison_line(bench_set, first))
-    lines += filter(None, compared)
-    for note in notes:
-        lines.append("note: " + note)
+            lines += comparison_lines(bench_set, first)
     lag_ms = document["client"]["lag_ms"]
-    lines.append(f"client: woken {lag_ms['p50']:.1f} ms late (p50), {lag_ms['p99']:.1f} ms (p99)")
+    lines.append("client: woken {p50:.1f} ms late (p50), {p99:.1f} ms (p99)".format(**lag_ms))
     if not document["client"]["trusted"]:
         lines.append("NOT TRUSTWORTHY: this machine was too busy to measure with")
-    for text in document["failed_conditions"]:
-        lines.append("failed: " + text)
+    lines += ["failed: " + text for text in document["failed_conditions"]]
     return lines
 
 # The command
@@ -8619,10 +8515,15 @@ def read_prompts(options, console):
     """Return the prompts in the file of --prompts, one a line, or made-up ones."""
     from random import Random
 
+    prompts = []
     path = options.prompts
     if path is None:
-        tokens = options.prompt_tokens or DEFAULT_PROMPT_TOKENS
-        return build_prompts(tokens, Random(options.seed))
+        random = Random(options.seed)
+        for _ in range(MADE_UP_PROMPTS):
+            count = options.prompt_tokens or DEFAULT_PROMPT_TOKENS
+            words = [random.choice(BENCH_WORDS) for _ in range(count)]
+            prompts.append(" ".join(words))
+        return prompts
     if path == "-":
         data = console.read_stdin() or b""
     else:
@@ -8639,22 +8540,20 @@ def check_bench_options(options):
         raise UsageError("--save - and -o json both write to standard output: give one of them")
     if options.rate and options.concurrency:
         raise UsageError("--rate and --concurrency are two loads: give one of them")
-    if options.report:
-        if options.endpoints or options.demo or options.save:
-            raise UsageError("--report asks nobody: give no --endpoint, --demo or --save with it")
-        return
-    if options.slo_ttft is None and options.slo_tpot is None:
-        for condition in options.fail_if:
-            if condition.metric.startswith("slo"):
-                raise UsageError(f"--fail-if {condition.text} needs --slo-ttft or --slo-tpot")
+    if options.report and (options.endpoints or options.demo or options.save):
+        raise UsageError("--report asks nobody: give no --endpoint, --demo or --save with it")
+    if len(set(options.endpoints)) < len(options.endpoints):
+        raise UsageError("an endpoint is given twice")
+    has_targets = options.report or options.slo_ttft is not None or options.slo_tpot is not None
+    for condition in options.fail_if:
+        if condition.metric.startswith("slo") and not has_targets:
+            raise UsageError(f"--fail-if {condition.text} needs --slo-ttft or --slo-tpot")
 
 def build_targets(options, settings, console):
     """Return the BenchTargets that *options* name."""
     endpoints = options.endpoints or [settings.endpoint]
     if endpoints == [None]:
         raise UsageError("no endpoint: give --endpoint SLUG, or --demo to try without one")
-    if len(set(endpoints)) < len(endpoints):
-        raise UsageError("an endpoint is given twice")
     sampling = build_sampling(options)
     if "max_completion_tokens" not in sampling.fields:
         sampling.fields.setdefault("max_tokens", DEFAULT_BENCH_MAX_TOKENS)
@@ -8666,28 +8565,20 @@ def build_targets(options, settings, console):
         targets.append(BenchTarget(settings, sampling, prompts, options))
     return targets
 
-def list_loads(options):
-    """Return the loads that *options* ask for, each ("c", slots) or ("rate", a second)."""
-    if options.rate:
-        return [("rate", rate) for rate in options.rate]
-    return [("c", count) for count in options.concurrency or [DEFAULT_CONCURRENCY]]
-
 def describe_bound(options, loads):
     """Return one line: what is going to be sent, and for how long."""
     limits = []
-    if run_duration(options):
-        limits.append(f"{run_duration(options):g} s")
+    if options.duration:
+        limits.append(f"{options.duration:g} s")
     if options.requests:
         limits.append(plural(options.requests, "request"))
     until = " or ".join(limits)
-    line = f"at each endpoint: {options.warmup} to warm up"
+    units = {"c": "in flight", "rate": "a second"}
+    parts = [f"at each endpoint: {options.warmup} to warm up"]
     for kind, amount in loads:
-        if kind == "c":
-            line += f", then {amount} in flight for {until}"
-        else:
-            line += f", then {amount:g} a second for {until}"
+        parts.append(f"then {amount:g} {units[kind]} for {until}")
     tokens = options.max_tokens or DEFAULT_BENCH_MAX_TOKENS
-    return f"{line}; {tokens} tokens at most"
+    return ", ".join(parts) + f"; {tokens} tokens at most"
 
 def save_run(run, path, console):
     """Append a BenchRun to the file *path*; '-' is standard output."""
@@ -8725,24 +8616,23 @@ def status_of(results):
             return EXIT_OK
         for name, count in result["errors"].items():
             counts[name] = counts.get(name, 0) + count
-    kind = max(counts, key=counts.get, default="").partition(" ")[0]
-    for error_class in XeroctlError.__subclasses__():
-        if error_class.kind == kind:
-            return error_class.exit_status
-    return EXIT_FAILURE
+    most_frequent = max(counts, key=counts.get, default="")
+    kind = most_frequent.partition(" ")[0]
+    statuses = {one.kind: one.exit_status for one in XeroctlError.__subclasses__()}
+    return statuses.get(kind, EXIT_FAILURE)
 
-def show_runs(options, runs, interrupt, notes, console):
+def show_runs(options, runs, interrupt, console):
     """Show the report on *runs*; return the exit status."""
-    names = {}  # (endpoint, load), in the order in which they came
-    for run in runs:
-        for request in run.requests:
-            names[request.endpoint, request.load] = True
+    requests = itertools.chain(*[run.requests for run in runs])
+    names = dict.fromkeys((one.endpoint, one.load) for one in requests)  # in their order
     sets = [BenchSet(endpoint, load, runs) for endpoint, load in names]
     document = build_bench_document(sets, options.fail_if, interrupt is not None)
     if console.json:
         console.write(json_text(document) + "\n")
     elif sets and options.save != "-":
-        lines = report_lines(document, sets, notes, console.out)
+        lines = report_lines(document, sets, console.out)
+        if options.demo:
+            lines.append("note: practice: --demo shares this process, and its time")
         console.write_styled("\n".join(lines) + "\n")
     if document["failed_conditions"]:
         return EXIT_CONDITION
@@ -8755,29 +8645,31 @@ def show_saved_runs(options, console):
     for path in options.report:
         text, _ = decode_text(read_file(path))
         runs += parse_saved_runs(text, utf8_argument(path))
-    return show_runs(options, runs, None, [], console)
+    return show_runs(options, runs, None, console)
 
 def run_bench(options, console):
     """Measure endpoints, or report on saved runs; return the exit status."""
     check_bench_options(options)
     if options.report:
         return show_saved_runs(options, console)
-    loads = list_loads(options)
-    notes = []
-    if options.demo:
-        notes.append("practice: the endpoint of --demo shares this process, and its time")
+    if options.duration is None and options.requests is None:
+        options.duration = DEFAULT_DURATION_SECONDS
+    loads = [("c", count) for count in options.concurrency or [DEFAULT_CONCURRENCY]]
+    connections = max(loads)[1]
+    if options.rate:
+        loads = [("rate", rate) for rate in options.rate]
+        connections = MAX_UNFINISHED
     with open_settings(options, console, endpoint_needed=False) as settings:
         targets = build_targets(options, settings, console)
         if settings.dry_run:
             for target in targets:
                 send_dry_run(target.build_exchange().request, settings, console)
             return EXIT_OK
-        slots = [amount if kind == "c" else MAX_UNFINISHED for kind, amount in loads]
-        allow_connections(max(slots) * len(targets))
+        allow_connections(connections * len(targets))
         if console.err.is_terminal and not console.quiet:
             console.print_line(describe_bound(options, loads), dim=True)
         runs, interrupt = measure_loads(options, targets, loads, console)
-    status = show_runs(options, runs, interrupt, notes, console)
+    status = show_runs(options, runs, interrupt, console)
     if interrupt:
         raise interrupt
     return status

@@ -93,6 +93,11 @@ class Child:
                 limit = f"within {timeout} s" if self._selector.get_map() else "before the output ended"
                 raise AssertionError(f"{pattern!r} did not come {limit}{self._so_far()}")
 
+    def skip(self):
+        """Consume all that came until now."""
+        self._read(time.monotonic())
+        self._consumed = len(self._awaited)
+
     def signal(self, number):
         """Send signal *number* to the process alone."""
         self.process.send_signal(number)

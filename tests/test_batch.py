@@ -11,7 +11,7 @@ import time
 import pytest
 
 import paced
-from loopback import Hold, completion, json_response
+from loopback import Hold, completion, head, http_chunk, json_response
 from terminal import wait_until
 
 BACK_AT_ONCE = {"retry_after": 0}
@@ -96,6 +96,7 @@ def test_a_line_is_a_request(batch, endpoint, line, custom_id, messages):
     ("{\"messages\": []}", "messages"), ("{\"messages\": \"x\"}", "messages"), ("{\"messages\": [1]}", "object"),
     ("{\"body\": 1}", "body"), ("{\"body\": {}}", "messages"), ("{\"method\": \"GET\", \"body\": {\"messages\": [{}]}}", "POST"),
     ("{\"url\": \"/v1/embeddings\", \"body\": {\"messages\": [{}]}}", "url"), ("{\"id\": [], \"message\": \"x\"}", "id"),
+    ("{\"messages\": [{\"role\": []}], \"id\": {}}", "id"),
     (b"\xff\xfe", "utf-8"), ("{" + 100000 * "[", "line 1"),
 ], ids=lambda value: str(value)[:50])
 def test_a_line_that_cannot_be_read_fails_alone(batch, line, words):
@@ -189,6 +190,14 @@ def test_the_body_is_the_servers_document(run, server):
     server.script([json_response(document)])
     done = run("batch", "-e", "x", "--base-url", server.url, stdin=b"one\n")
     assert results_of(done.stdout)[0]["response"]["body"] == document
+
+
+def test_broken_chunks_are_not_waited_for(run, server):
+    head_of_chunks = head("200 OK", {"Content-Type": "application/json", "Transfer-Encoding": "chunked"})
+    server.script([head_of_chunks, http_chunk(b'{"choices":'), b"zz\r\nx\r\n", Hold()])
+    done = run("batch", "-e", "x", "--base-url", server.url, "--timeout", "600", stdin=b"one\n", timeout=10)
+    result, = results_of(done.stdout)
+    assert (done.status, result["error"]["kind"], result["response"]["status_code"]) == (8, "cut_short", 200)
 
 
 def test_an_empty_answer_is_a_failure(run, server):
@@ -329,12 +338,13 @@ def test_a_half_written_line_is_cut_off(batch, endpoint, tmp_path, rest, asked):
     assert len(results_of(path.read_bytes())) == 2
 
 
-def test_a_file_of_something_else_is_left_alone(batch, tmp_path):
+@pytest.mark.parametrize("text", [b"What is this?\nAnd this?", b"What is this?"])
+def test_a_file_of_something_else_is_left_alone(batch, tmp_path, text):
     path = tmp_path / "questions.txt"
-    path.write_bytes(b"What is this?\nAnd this?")
+    path.write_bytes(text)
     done = batch("good", "one\n", "--results", str(path))
     assert (done.status, b"other things" in done.stderr) == (2, True)
-    assert path.read_bytes() == b"What is this?\nAnd this?"
+    assert path.read_bytes() == text
 
 
 def test_kill_9_and_the_same_command_again(start, batch, endpoint, tmp_path):

@@ -33,6 +33,7 @@ HANG_SECONDS = 10  # no machine is that busy
 PROMPT_SECONDS = 1
 PROMPT = re.compile(rb"[\r\n](?:\^C)*(?:\x1b\[\?2004h)?(?:\x1b\[[\d;]*m)*> (?:\x1b\[0m)?")
 COMPLAINTS = re.compile(rb"Traceback|Exception ignored|Warning|Fatal|cannot (write|keep|save|lock)|in use by another")
+SHORT = stream(chunk("short"), chunk(finish="stop"), DONE)
 PONG = stream(chunk("pong"), chunk(finish="stop"), DONE)
 
 
@@ -57,12 +58,12 @@ def stream_fast(sock, pauses):
 
 
 def answer_at_once(sock, pauses):
-    sock.sendall(PONG)
+    sock.sendall(SHORT)
 
 
 def answer_soon(sock, pauses):
     select.select([sock], [], [], pauses.random() * 0.012)
-    sock.sendall(PONG)
+    sock.sendall(SHORT)
 
 
 def refuse_for_now(sock, pauses):
@@ -144,10 +145,11 @@ class Race:
     def _interrupt(self, child):
         """Ask, press Ctrl+C once or twice within MAX_DELAY_SECONDS, and wait for a prompt.
 
-        Where the answer is complete before Ctrl+C, there are two prompts.  The next round then sees the second
-        at once; a chat that hangs is still found, a round later.
+        Where the answer is complete before Ctrl+C, there are two prompts.  If the second comes late, the next round
+        takes it for its own; a chat that hangs is still found, a round later.
         """
         self.counts["rounds"] += 1
+        child.skip()
         child.send("hello\r")
         self._pause(self.choices.random() * MAX_DELAY_SECONDS)
         start = time.monotonic()
