@@ -141,7 +141,7 @@ class Forked:
         if stream == subprocess.STDOUT:
             return None, given[1]
         if stream == subprocess.DEVNULL:
-            stream = theirs.enter_context(open(os.devnull, "r+b", buffering=0))  # noqa: SIM115
+            stream = theirs.enter_context(open(os.devnull, "r+b", buffering=0))
         if stream != subprocess.PIPE:
             return None, stream if isinstance(stream, int) else stream.fileno()
         reader, writer = os.pipe()

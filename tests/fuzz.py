@@ -250,21 +250,22 @@ def take(xeroctl, chunks):
     """Return what `reading` returns, as the tool sees it: decoder, documents, errors, reply."""
     context = xeroctl.ErrorContext(200, {}, ["xero_acme_secret"], "http://h/v1/chat/completions", "", "POST", None)
     head = xeroctl.ResponseHead("1.1", 200, "OK", {"content-type": "text/event-stream"}, [])
-    decoder, reply = xeroctl.AnswerDecoder(True, head, context), xeroctl.Reply()
+    decoder, reply, text = xeroctl.AnswerDecoder(True, head, context), xeroctl.Reply(), ""
     for data in [*chunks, None]:
         part = decoder.finish(2.0) if data is None else decoder.feed(data, 1.0)
         if part:
             reply.add(part)
+            text += part.text
     if decoder.error:
         xeroctl.sanitize(str(decoder.error)).encode("utf-8", "replace")
-        return reply.raw_text, False
+        return text, False
     try:
         reply.check_answer()
     except xeroctl.CutShortError:
-        return reply.raw_text, False
+        return text, False
     except xeroctl.ServerError:  # no text
         pass
-    return reply.raw_text, True
+    return text, True
 
 
 def check(xeroctl, seed):

@@ -183,7 +183,7 @@ class Paced:
         return None
 
     def stream(self, connection, options, body, entry, what):
-        count = min(options["tokens"], body.get("max_tokens", options["tokens"]))
+        count = min(options["tokens"], body.get("max_tokens") or options["tokens"])
         low, high = options["ttft_ms"]
         first = entry["at"] + self.random.uniform(low, high) / 1000
         self.send(connection, b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")

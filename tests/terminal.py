@@ -24,10 +24,11 @@ def exit_status(returncode):
 
 
 def checked(result):
-    """Return *result*, which must not hold a traceback."""
-    if b"Traceback" in result.stderr:
+    """Return *result*, which must not hold what Python writes of an exception that nobody caught."""
+    uncaught = re.search(b"Traceback|Exception ignored", result.stderr)
+    if uncaught:
         shown = result.stderr[-SHOWN_BYTES:].decode(errors="replace")
-        raise AssertionError(f"traceback, status {result.status}:\n{shown}")
+        raise AssertionError(f"{uncaught.group().decode()}, status {result.status}:\n{shown}")
     return result
 
 

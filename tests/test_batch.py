@@ -1,17 +1,21 @@
 """`xeroctl batch`: lines in, lines out, retries, resuming and ends, against a server with a schedule of its own."""
 
 import collections
+import contextlib
 import json
 import os
 import select
 import signal
+import socket
+import struct
 import subprocess
+import threading
 import time
 
 import pytest
 
 import paced
-from loopback import Hold, completion, head, http_chunk, json_response
+from loopback import Hold, chunk, completion, head, http_chunk, json_response, response, stream
 from terminal import wait_until
 
 BACK_AT_ONCE = {"retry_after": 0}
@@ -27,7 +31,7 @@ def endpoint():
         refusing={"share": {"401": 1}}, flaky={"share": {"500": 0.1, "reset": 0.1}, **BACK_AT_ONCE},
         cut={"share": {"cut": 1}}, garbage={"share": {"garbage": 1}}, closing={"close": True},
         late={"first": {"fails first": "500"}, **BACK_AT_ONCE}, patient={"share": {"429": 1}, "retry_after": 100},
-        kill={"delay_ms": 30}, edited={},
+        kill={"delay_ms": 30}, edited={}, waiting={"first": {"fails first": "500"}, "retry_after": 50},
     ) as server:
         yield server
 
@@ -97,6 +101,7 @@ def test_a_line_is_a_request(batch, endpoint, line, custom_id, messages):
     ("{\"body\": 1}", "body"), ("{\"body\": {}}", "messages"), ("{\"method\": \"GET\", \"body\": {\"messages\": [{}]}}", "POST"),
     ("{\"url\": \"/v1/embeddings\", \"body\": {\"messages\": [{}]}}", "url"), ("{\"id\": [], \"message\": \"x\"}", "id"),
     ("{\"messages\": [{\"role\": []}], \"id\": {}}", "id"),
+    ("{\"message\": \"hi\", \"endpoint\": \"x\"}", "unknown field, endpoint"), ("{\"messages\": [{}], \"n\": 2}", "unknown field, n"),
     (b"\xff\xfe", "utf-8"), ("{" + 100000 * "[", "line 1"),
 ], ids=lambda value: str(value)[:50])
 def test_a_line_that_cannot_be_read_fails_alone(batch, line, words):
@@ -161,7 +166,7 @@ def test_a_result_has_the_form_of_a_batch(batch):
     assert result["response"]["request_id"].startswith("r-")
     assert (result["response"]["body"]["usage"]["total_tokens"], answer(result)) == (9, "echo: Grüße \u2028 \\")
     assert result["id"].startswith("req_")
-    assert done.stderr.startswith(b"1 done, 0 failed, ")
+    assert done.stderr.startswith(b"1 answered, 0 failed, ")
     assert batch("good", [{"custom_id": "a", "message": "Grüße \u2028 \\"}]).results[0]["id"] == result["id"]
     assert batch("good", [{"custom_id": "a", "message": "other"}]).results[0]["id"] != result["id"]
 
@@ -198,6 +203,7 @@ def test_broken_chunks_are_not_waited_for(run, server):
     done = run("batch", "-e", "x", "--base-url", server.url, "--timeout", "600", stdin=b"one\n", timeout=10)
     result, = results_of(done.stdout)
     assert (done.status, result["error"]["kind"], result["response"]["status_code"]) == (8, "cut_short", 200)
+    assert result["error"]["message"] == f"the reply was cut short: 127.0.0.1:{server.port} sent an invalid chunk size"
 
 
 def test_an_empty_answer_is_a_failure(run, server):
@@ -205,6 +211,91 @@ def test_an_empty_answer_is_a_failure(run, server):
     done = run("batch", "-e", "x", "--base-url", server.url, stdin=b"one\n")
     result, = results_of(done.stdout)
     assert (done.status, result["error"]["kind"], result["response"]["status_code"]) == (5, "server", 200)
+
+
+def test_a_stream_that_nobody_asked_for_is_put_together(run, server):
+    calls = [{"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a'}}]
+    more = [{"index": 0, "function": {"arguments": '": 1}'}}]
+    server.script([stream(
+        chunk("Hel"), chunk("lo", delta={"reasoning_content": "hm"}), chunk(delta={"tool_calls": calls}), chunk(delta={"tool_calls": more}),
+        chunk(finish="stop"), {"id": "chatcmpl-1", "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}, b"data: [DONE]\n\n")])
+    done = run("batch", "-e", "x", "--base-url", server.url, stdin=b"one\n")
+    result, = results_of(done.stdout)
+    body = result["response"]["body"]
+    assert (done.status, result["error"], body["id"], body["object"], body["model"]) == (0, None, "chatcmpl-1", "chat.completion", "test-model")
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    message = {"role": "assistant", "content": "Hello", "reasoning_content": "hm", "tool_calls": [call]}
+    assert body["choices"] == [{"index": 0, "message": message, "finish_reason": "stop"}]
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2}
+
+
+def test_a_stream_of_one_chunk_is_put_together(run, server):
+    server.script([stream(chunk("all", finish="stop"))])
+    done = run("batch", "-e", "x", "--base-url", server.url, stdin=b"one\n")
+    assert answer(results_of(done.stdout)[0]) == "all"
+
+
+def test_an_answer_that_is_not_json_as_the_schema_asks(run, server, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    own = {"body": {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "text"}}}
+    for line, text, status in ((b"one\n", "no JSON", 5), (b"one\n", "{}", 0), (json.dumps(own).encode(), "no JSON", 0)):
+        server.script([json_response(completion(text))])
+        done = run("batch", "-e", "x", "--base-url", server.url, "--schema", str(schema), stdin=line)
+        result, = results_of(done.stdout)
+        assert (done.status, answer(result)) == (status, text)
+        assert (result["error"] and result["error"]["kind"]) == ("server" if status else None)
+
+
+@pytest.mark.parametrize("args", [["-o", "text"], ["-q"], []], ids=str)
+def test_answers_that_ended_early_are_counted_and_told(run, server, args):
+    for reason in ("stop", "length", "content_filter"):
+        server.script([json_response(completion("x", finish=reason))])
+    done = run("batch", "-e", "x", "--base-url", server.url, "--concurrency", "1", *args, stdin=b"one\ntwo\nthree\n")
+    assert (done.status, done.stdout.count(b"\n")) == (0, 3)
+    warning = (b"xeroctl: warning: 2 answers ended early, first in line 2: "
+               b"the answer was cut at the token limit (finish reason length)\n")
+    assert done.stderr.count(warning) == 1
+    assert (b"3 answered, 0 failed, 2 ended early, " in done.stderr) == ("-q" not in args)
+
+
+@pytest.mark.parametrize("args, status", [(["-o", "text"], 5), ([], 0)], ids=str)
+def test_a_tool_call_is_no_line_of_text(run, server, args, status):
+    calls = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    server.script([json_response(completion(None, finish="tool_calls", message={"tool_calls": calls}))])
+    done = run("batch", "-e", "x", "--base-url", server.url, *args, stdin=b"one\n")
+    assert (done.status, done.stdout == b"\n") == (status, status == 5)
+
+
+@pytest.mark.parametrize("depth", range(950, 1000, 7))
+def test_a_line_nested_deep_fails_alone(run, server, depth):
+    server.always(json_response(completion("fine")))
+    line = '{"messages": [{"role": "user", "content": "x", "y": ' + depth * "[" + depth * "]" + "}]}\n"
+    done = run("batch", "-e", "x", "--base-url", server.url, "--ordered", stdin=line.encode() + b"fine\n")
+    deep, fine = results_of(done.stdout)
+    assert (deep["custom_id"], fine["error"], b"Traceback" in done.stderr) == ("1", None, False)
+
+
+@pytest.mark.parametrize("depth", [900, 960, 975, 980, 985, 990])
+def test_a_reply_nested_deep_fails_alone(run, server, depth):
+    text = json.dumps(completion("x"))[:-1] + ', "y": ' + depth * "[" + depth * "]" + "}"
+    server.script([response(text.encode(), headers={"Content-Type": "application/json"})])
+    server.script([json_response(completion("fine"))])
+    done = run("batch", "-e", "x", "--base-url", server.url, "--ordered", "--concurrency", "1", stdin=b"one\ntwo\n")
+    assert b"Traceback" not in done.stderr
+    assert answer(json.loads(done.stdout.decode().split("\n")[1])) == "fine"
+
+
+@pytest.mark.parametrize("args, words", [
+    (["-q"], None), (["-o", "json"], '{"kind": "note", "message": "1 failure: waiting up to 5 s'), ([], "note: 1 failure: waiting up to 5 s"),
+], ids=str)
+def test_the_word_on_waiting_is_a_note(start, endpoint, args, words):
+    child = start("batch", "-e", "slow", "--base-url", endpoint.url, "--max-failures", "1", *args)
+    child.send(b"one\n{\n")
+    done = child.finish()
+    assert (done.status, done.stdout.count(b"\n")) == (9, 2)
+    assert (words or "").encode() in done.stderr
+    assert (b"waiting" in done.stderr) == (words is not None)
 
 
 @pytest.mark.parametrize("count", [3, 200])
@@ -326,7 +417,7 @@ def test_a_line_that_was_edited_is_asked_again(batch, endpoint, tmp_path):
     assert [entry["message"] for entry in endpoint.log()[before:]] == ["edited"]
 
 
-@pytest.mark.parametrize("rest, asked", [(b'{"id": "req_12', 1), (b"", 0)])
+@pytest.mark.parametrize("rest, asked", [(b'{"id":"req_12', 1), (b'{"id":"re', 1), (b"", 0)])
 def test_a_half_written_line_is_cut_off(batch, endpoint, tmp_path, rest, asked):
     path = tmp_path / "results.jsonl"
     batch("good", numbered(2), "--results", str(path), "--ordered")
@@ -338,13 +429,75 @@ def test_a_half_written_line_is_cut_off(batch, endpoint, tmp_path, rest, asked):
     assert len(results_of(path.read_bytes())) == 2
 
 
-@pytest.mark.parametrize("text", [b"What is this?\nAnd this?", b"What is this?"])
+RESULT = (b'{"id":"req_1","custom_id":"1","response":{"status_code":200,"request_id":null,"body":{}},"error":null}\n')
+HALF = RESULT[:40]
+
+
+@pytest.mark.parametrize("text", [
+    b"What is this?\nAnd this?", b"What is this?", b'{"id": 1, "message": "hi"}\n', b'{"id":"a","prompt":"b"}', b'{"id": 1, broken\n',
+    b'{"id"', b"{", b"{\n}\n", b"\x00\x00", b"[1]\n", b'["id","custom_id","response","error"]', b'"id"', b"null\n", b"\xff\n",
+    RESULT + b'{"id": 2, "message": "hi"}\n', RESULT + b'{"id":"x', RESULT + b"notes\n" + HALF, HALF + b"\nnotes\n",
+    RESULT.replace(b'"1"', b"[1]"),
+], ids=lambda text: str(text[-30:]))
 def test_a_file_of_something_else_is_left_alone(batch, tmp_path, text):
     path = tmp_path / "questions.txt"
     path.write_bytes(text)
     done = batch("good", "one\n", "--results", str(path))
     assert (done.status, b"other things" in done.stderr) == (2, True)
     assert path.read_bytes() == text
+
+
+@pytest.mark.parametrize("end, kept", [(b"", b""), (HALF, b""), (RESULT[:-1], RESULT), (HALF + b"\n", HALF + b"\n")])
+def test_a_half_line_before_others_is_skipped(batch, tmp_path, end, kept):
+    path = tmp_path / "results.jsonl"
+    before = RESULT + HALF + RESULT + RESULT
+    path.write_bytes(before + end)
+    done = batch("good", "one\n", "--results", str(path))
+    assert done.status == 0
+    assert (f"{2 if end == kept != b'' else 1} half-written line").encode() in done.stderr
+    lines = path.read_bytes()
+    assert lines.startswith(before + kept)
+    assert len(results_of(lines[len(before + kept):])) == 1
+
+
+@pytest.mark.parametrize("path, status", [("/dev/null", 0), ("/dev/full", 1)])
+def test_results_that_cannot_be_read_again(batch, path, status):
+    done = batch("good", "one\n", "--results", path)
+    assert (done.status, done.stdout, b"cannot write the results" in done.stderr) == (status, b"", status == 1)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("args", [["PIPE"], ["--results", "PIPE"]], ids=str)
+def test_a_pipe_without_another_end_is_not_deaf(start, endpoint, tmp_path, args, number, status):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(str(pipe))
+    child = start("batch", "-e", "good", "--base-url", endpoint.url, *[arg.replace("PIPE", str(pipe)) for arg in args])
+    child.end_input()
+    time.sleep(0.5)
+    child.signal(number)
+    assert child.finish().status == status
+
+
+def test_pipes_with_a_name(start, endpoint, tmp_path):
+    source, results = tmp_path / "source", tmp_path / "results"
+    for path in (source, results):
+        os.mkfifo(str(path))
+    child = start("batch", "-e", "good", "--base-url", endpoint.url, str(source), "--results", str(results))
+    source.write_text("one\n")
+    assert answer(results_of(results.read_bytes())[0]) == "echo: one"
+    assert child.finish().status == 0
+
+
+def test_results_to_dev_stdout(batch):
+    done = batch("good", "one\n", "--results", "/dev/stdout")
+    assert (done.status, answer(done.results[0])) == (0, "echo: one")
+
+
+def test_results_are_not_read_as_requests(batch, endpoint, tmp_path):
+    path = tmp_path / "both"
+    path.write_bytes(RESULT)
+    done = batch("good", b"", str(path), "--results", str(path))
+    assert (done.status, b"are read from the file that the results go to" in done.stderr, path.read_bytes()) == (2, True, RESULT)
 
 
 def test_kill_9_and_the_same_command_again(start, batch, endpoint, tmp_path):
@@ -403,19 +556,31 @@ def test_ctrl_c_waits_for_those_in_flight(start, endpoint):
     assert b"Ctrl+C" in done.stderr
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_drops_them(start, endpoint, number, status):
+@pytest.mark.parametrize("number, status, words", [
+    (signal.SIGINT, 130, "waiting up to 5 s for 5 requests in flight; another Ctrl+C drops them"),
+    (signal.SIGTERM, 143, "SIGTERM: waiting up to 5 s for 5 requests in flight; Ctrl+C drops them"),
+])
+def test_a_second_signal_drops_them(start, endpoint, number, status, words):
     before = len(endpoint.log())
     child = start("batch", "-e", "hanging", "--base-url", endpoint.url, stderr=subprocess.STDOUT)
     child.send(numbered(5).encode())
     wait_until(lambda: len(endpoint.log()) >= before + 5)
     started = time.monotonic()
     child.signal(number)
-    child.expect("waiting up to 5 s for 5 requests in flight; another Ctrl+C drops them")
+    child.expect(words)
     child.signal(number)
     done = child.finish()
     assert (done.status, time.monotonic() - started < 3) == (status, True)
     assert b"{" not in done.stdout
+
+
+def test_ctrl_c_does_not_wait_for_those_that_failures_left(start, endpoint):
+    child = start("batch", "-e", "hanging", "--base-url", endpoint.url, "--max-failures", "1", stderr=subprocess.STDOUT)
+    child.send(b"one\n{\n")
+    child.expect("1 failure: waiting up to 5 s for 1 request in flight; Ctrl+C drops them")
+    started = time.monotonic()
+    child.signal(signal.SIGINT)
+    assert (child.finish().status, time.monotonic() - started < 3) == (130, True)
 
 
 def test_a_reader_that_goes_away(start, endpoint):
@@ -426,6 +591,42 @@ def test_a_reader_that_goes_away(start, endpoint):
     assert child.process.wait(10) in (141, -signal.SIGPIPE)
 
 
+def test_input_that_breaks_off_loses_no_result(start, endpoint):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    with ours, theirs:
+        child = start("batch", "-e", "waiting", "--base-url", endpoint.url, "--ordered", "--concurrency", "2",
+                      stdin=theirs)
+        before = len(endpoint.log())
+        ours.sendall(b"fails first\ntwo\nthree\n")
+        wait_until(lambda: len(endpoint.log()) == before + 3)  # the first one waits, and the second one is answered
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets the connection
+        ours.close()
+        done = child.finish()
+    assert (done.status, b"cannot read the requests" in done.stderr) == (2, True)
+    assert answer(results_of(done.stdout)[0]) == "echo: two"
+
+
+def test_a_defect_while_connecting_is_not_waited_for(xeroctl, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(xeroctl, "open_stream", fail)
+    monkeypatch.setattr(threading, "excepthook", print, raising=False)
+    exchange = xeroctl.Exchange(None, xeroctl.find_route("http://127.0.0.1:1/"), None)
+    others = set(threading.enumerate())
+    with contextlib.closing(xeroctl.RequestLoop(xeroctl.Waiter())) as loop:
+        loop.start(exchange)
+        with pytest.raises(ZeroDivisionError):
+            for _ in range(50):
+                loop.turn(time.monotonic() + 0.1)
+        for thread in set(threading.enumerate()) - others:
+            thread.join(5)
+
+
 def test_progress_on_a_terminal(terminal, endpoint, tmp_path):
     source = tmp_path / "requests.txt"
     source.write_text(numbered(30))
@@ -433,7 +634,7 @@ def test_progress_on_a_terminal(terminal, endpoint, tmp_path):
                      str(tmp_path / "results"))
     child.expect("2 in flight")
     child.expect("left")
-    child.expect("30 done, 0 failed")
+    child.expect("30 answered, 0 failed")
     assert child.finish() == 0
 
 

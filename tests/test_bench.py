@@ -220,6 +220,10 @@ def test_the_report_of_two_rows(bench):
     assert "\ngreen c=4: 8 of 8 done" in text
 
 
+def test_one_request_has_no_slowest_one(bench):
+    assert b"p99 of" not in bench("single", "--requests", "1").stdout
+
+
 def test_chunks_are_marked(bench):
     text = bench("untold four", "--requests", "4").stdout.decode()
     assert re.search(r"untold +c=4 .* ~\d", text)
@@ -233,6 +237,16 @@ def test_the_report_on_a_terminal(terminal, endpoint):
     child.expect(re.compile(r"blue c=4 \d of 1.2 s: \d+ done, \d in flight, 0 failed, \d+ tok/s"))
     child.expect(re.compile("\x1b\\[1m *TTFT ms"))
     child.expect(re.compile("\x1b\\[31m +0.0 %\x1b\\[0m"))
+    assert child.finish() == 0
+
+
+@pytest.mark.parametrize("args, tokens", [
+    ([], "128 tokens at most"), (["--max-tokens", "7"], "7 tokens at most"),
+    (["--param", "max_completion_tokens=9"], "9 tokens at most"), (["--param", "max_tokens=null"], "no limit of tokens"),
+])
+def test_the_line_on_what_will_be_sent_tells_the_limit(terminal, endpoint, args, tokens):
+    child = terminal("bench", "-e", "single", "--base-url", endpoint.url, "--requests", "1", *args)
+    child.expect("1 to warm up, then 4 in flight for 1 request; " + tokens)
     assert child.finish() == 0
 
 
@@ -476,8 +490,8 @@ def test_histogram_line(xeroctl, values, line):
 @pytest.mark.parametrize("value, decimals, columns, text", [
     (1.25, 1, 7, "    1.2"), (12345.67, 1, 7, "12345.7"[:0] + "  12346"), (None, 1, 7, "      -"), (1463.21, 1, 7, " 1463.2"),
 ])
-def test_fixed(xeroctl, value, decimals, columns, text):
-    assert xeroctl.fixed(value, decimals, columns) == text
+def test_format_number(xeroctl, value, decimals, columns, text):
+    assert xeroctl.format_number(value, decimals, columns) == text
 
 
 def test_wide_tables_stay_within_80_columns(xeroctl):

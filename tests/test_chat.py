@@ -628,6 +628,12 @@ def test_a_dry_run_prints_a_curl_line_that_sends_the_same(chat, server, env, pat
         assert ours.headers.get(name) == theirs[0].headers.get(name), name
 
 
+def test_a_dry_run_shows_the_key_nowhere(chat, server):
+    options = ["-H", "X-Foo: " + KEY, "--param", "user=" + KEY, "--base-url", f"{server.url}/{KEY}/v1", "-m", KEY]
+    result = chat(*options, "--api-key", KEY, "--dry-run")
+    assert (result.status, result.stdout.count(b"***"), KEY.encode() in result.stdout) == (0, 4, False)
+
+
 # -- Help ------------------------------------------------------------
 
 

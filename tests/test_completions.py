@@ -247,7 +247,7 @@ def test_a_command_line_that_is_wrong_is_one_line(together):
 def test_models_are_a_line_each(together, server):
     server.always(listing({"id": "a", "object": "model"}, {"id": "日本\tb\n"}, 5, {"id": 7}, {}))
     text, as_json = together(MODELS, [*MODELS, *JSON])
-    assert text == (0, "a\n日本 b\n\n\n".encode(), b"")
+    assert text == (0, "a\n日本 b\n".encode(), b"")
     assert (as_json.status, len(json.loads(as_json.stdout.decode())["data"]), as_json.stderr) == (0, 5, b"")
 
 

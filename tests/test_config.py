@@ -1,6 +1,7 @@
 """The config file as `xeroctl config` shows and changes it, and keys that are kept elsewhere."""
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -842,6 +843,20 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(run, env, function)
     assert (path.read_text(), os.listdir(path.parent)) == (TWO, ["config.toml"])
 
 
+def test_a_file_that_another_process_is_changing_is_left_alone(xeroctl, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(xeroctl, "CONFIG_LOCK_SECONDS", 0.01)
+    folder = tmp_path / "xeroctl"
+    folder.mkdir()
+    (folder / "config.toml").write_text(TWO)
+    descriptor = os.open(str(folder), os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(xeroctl.UsageError, match="another process is changing"), xeroctl.change_config() as config:
+        config.deployments.clear()
+    os.close(descriptor)
+    assert (folder / "config.toml").read_text() == TWO
+
+
 def test_an_end_in_the_middle_of_a_write_leaves_a_whole_file(start, home):
     children = []
     for function, number in (("fsync", signal.SIGKILL), ("replace", signal.SIGKILL), ("fsync", signal.SIGTERM),
@@ -1042,7 +1057,7 @@ REFUSED = [
     (["show", "gone"], "unknown context 'gone': {path} has: prod, staging"),
     (["show", "--context", "gone"], "unknown context 'gone': {path} has: prod, staging"),
     (["remove", "gone"], "unknown context 'gone': {path} has: prod, staging"),
-    (["remove", "prod", "staging"], "xeroctl config remove takes no further word like 'staging': see "
+    (["remove", "prod", "staging"], "unexpected argument 'staging': see "
                                     "xeroctl config remove --help"),
     (["init"], "config init asks at a terminal: without one use xeroctl config add"),
     (["init", "--dry-run"], "--dry-run shows requests: config cannot be tried with it"),

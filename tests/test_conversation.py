@@ -106,7 +106,7 @@ def test_all_of_a_message_can_be_shown(xeroctl, message, text):
 def test_the_saved_document_is_readable_json_and_names_its_form(xeroctl):
     conversation = xeroctl.Conversation([SYSTEM])
     conversation.add_turn(TWO_TURNS[0], "é 日本 😀")
-    text = xeroctl.build_document(conversation, "my-endpoint", "llama-3", "2026-01-02T03:04:05Z")
+    text = xeroctl.conversation_json(conversation, "my-endpoint", "llama-3", "2026-01-02T03:04:05Z")
     assert json.loads(text) == {
         "format": "xeroctl-conversation", "version": 1, "endpoint": "my-endpoint", "model": "llama-3",
         "saved_at": "2026-01-02T03:04:05Z",
@@ -125,7 +125,7 @@ ODD = [{"role": "user", "content": "line\nline\n\n\\ \"quoted\""},
 ], ids=["nothing", "system", "turns", "a question", "odd characters", "parts and tools"])
 def test_what_is_saved_can_be_loaded(xeroctl, messages, unanswered):
     saved = xeroctl.Conversation(messages, unanswered)
-    text = xeroctl.build_document(saved, "e", None, "2026-01-02T03:04:05Z")
+    text = xeroctl.conversation_json(saved, "e", None, "2026-01-02T03:04:05Z")
     conversation, endpoint, model, _ = xeroctl.parse_conversation(text)
     assert (conversation.messages, conversation.unanswered, endpoint, model) == (messages, unanswered, "e", None)
 
@@ -349,7 +349,7 @@ def line_editor(xeroctl, tmp_path, monkeypatch):
     def line_editor(module, styled=True):
         monkeypatch.setitem(sys.modules, "readline", module)
         console = SimpleNamespace(out=SimpleNamespace(is_terminal=True, styled=styled, dumb=False), waiter=FakeWaiter(),
-                                  read_line=lambda prompt: prompt)
+                                  read_line=lambda prompt, suspend: prompt)
         return xeroctl.LineEditor(console, str(tmp_path / "history"), lambda line: [line + "!"])
 
     return line_editor
@@ -497,7 +497,7 @@ def test_a_history_that_is_no_regular_file_is_left_alone(xeroctl, history):
     assert xeroctl.read_history(str(history)) == []
     with pytest.raises(xeroctl.UsageError) as caught:
         xeroctl.append_history(str(history), "one")
-    assert str(caught.value) == f"{history} is no regular file"
+    assert str(caught.value) == f"{history} is not a regular file"
     assert stat.S_ISFIFO(os.stat(str(history)).st_mode)
 
 

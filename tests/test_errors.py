@@ -268,7 +268,7 @@ USAGE_ERRORS = [
     (["chat", "--endpoint"], "--endpoint needs a value"),
     (["--nonsense", "chat"], "xeroctl chat has no option --nonsense: see xeroctl "),
     (["chat", "--endpoint", "e", "--nonsense"], "xeroctl chat has no option --nonsense: see xeroctl chat --help"),
-    (["chat", "--endpoint", "e", "extra"], "xeroctl chat takes no further word like 'extra': a message goes behind -m"),
+    (["chat", "--endpoint", "e", "extra"], "unexpected argument 'extra': a message goes behind -m"),
     (["chat", "--endpoint", "e", "--temp", "1"], "xeroctl chat has no option --temp: did you mean --temperature?"),
     (["nonsense"], "xeroctl has no such command"),
     (["modles"], "xeroctl has no command modles: did you mean models?"),

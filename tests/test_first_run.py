@@ -40,3 +40,10 @@ def test_alone_it_shows_the_short_help_on_stderr(run, xeroctl):
 def test_options_without_a_command_are_one_line(run, args):
     result = run(*args)
     assert (result.status, result.stdout, result.stderr.count(b"\n")) == (2, b"", 1)
+
+
+@pytest.mark.parametrize("options", [(), ("--stream",)], ids=str)
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5", "true", "[]", "{}"])
+def test_the_demo_refuses_a_limit_that_is_no_number(run, value, options):
+    status, out, err = run("chat", "--demo", "-m", "hi", "--param", f"max_tokens={value}", *options)
+    assert (status, out) == (4, b"") and b"max_tokens must be a whole number of at least 1" in err

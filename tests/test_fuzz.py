@@ -53,7 +53,7 @@ def test_the_simple_reading_knows_whole_from_cut():
 
 def outcome(xeroctl, pieces, streamed):
     """Return the text, the exit status and the words of a response that comes in these pieces, then the close."""
-    decoder, answers, reply, failure = xeroctl.ResponseDecoder("POST"), None, xeroctl.Reply(), b""
+    decoder, answers, reply, failure, text = xeroctl.ResponseDecoder("POST"), None, xeroctl.Reply(), b"", ""
     url = "http://127.0.0.1:1/e/v1/chat/completions"
     try:
         for data in [*pieces, None]:
@@ -68,16 +68,17 @@ def outcome(xeroctl, pieces, streamed):
             part = answers.finish(1.0) if data is None else answers.feed(body, 1.0)
             if part:
                 reply.add(part)
+                text += part.text
             if answers.error:
                 raise answers.error
         if failure:
             raise xeroctl.parse_error(failure, context)
         reply.check_answer()
     except xeroctl.WireError as error:
-        return reply.raw_text, None, str(error)
+        return text, None, str(error)
     except xeroctl.XeroctlError as error:
-        return reply.raw_text, error.exit_status, str(error)
-    return reply.raw_text, 0, f"{xeroctl.finish_warning(reply)}, {xeroctl.finish_note(reply)}, {reply.usage}, {reply.tool_calls}"
+        return text, error.exit_status, str(error)
+    return text, 0, f"{xeroctl.finish_warning(reply)}, {xeroctl.finish_note(reply)}, {reply.usage}, {reply.tool_calls}"
 
 
 @pytest.mark.parametrize("streamed", [True, False])

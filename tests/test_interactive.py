@@ -191,6 +191,15 @@ def test_a_limit_by_its_newer_name_takes_the_place_of_ours(pipe, server):
 # -- Bar and prompt --------------------------------------------------
 
 
+@pytest.mark.parametrize("usage, totals", [
+    ({"prompt_tokens": 9, "completion_tokens": 3}, "9 prompt, 3 completion"),
+    ({"completion_tokens": 3}, "~0 prompt, ~3 completion"), ({"prompt_tokens": 9}, "~9 prompt, ~1 completion"),
+], ids=str)
+def test_totals_are_exact_only_where_the_server_gives_both(pipe, server, usage, totals):
+    server.script(stream(chunk("Hello!", finish="stop"), chunk(usage=usage, choices=[]), DONE))
+    assert pipe("one\n")[2][-1] == f"tokens: {totals}; messages: 2"
+
+
 def test_the_bar_tells_endpoint_model_tokens_and_messages(talk, server):
     server.script(answer(), stream(chunk("no usage", finish="stop"), DONE))
     child = talk()
@@ -1233,6 +1242,13 @@ def test_files_of_the_command_line_go_with_the_first_message(pipe, server, tmp_p
     assert "boom" in said(server, 1)[0][1] and said(server, 2)[-1] == ("user", "two")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+def test_only_a_regular_file_is_attached_in_a_chat(pipe, tmp_path, make):
+    make(str(tmp_path / "f"))
+    status, _, lines = pipe("/attach f\n", cwd=str(tmp_path))
+    assert (status, lines[0]) == (9, "xeroctl: error: cannot read f: it is not a regular file")
+
+
 def test_a_file_that_cannot_be_attached_ends_a_piped_chat_with_status_9(pipe, server, tmp_path):
     assert pipe("/attach missing.log\none\n", cwd=str(tmp_path))[:2] == (9, "")
 
@@ -1297,4 +1313,4 @@ def test_a_history_that_is_no_regular_file_is_left_alone_with_a_note(talk, serve
     enter(child, "one")
     enter(child, "two")
     leave(child)
-    assert child.output.count(b"is no regular file") == 1
+    assert child.output.count(b"is not a regular file") == 1

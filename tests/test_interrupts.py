@@ -7,6 +7,7 @@ A few seconds in the tests; for longer, and on any Python:
 
 import argparse
 import collections
+import faulthandler
 import fcntl
 import json
 import os
@@ -281,6 +282,7 @@ def main():
     parser.add_argument("--seed", type=int, default=random.randrange(1000000))
     options = parser.parse_args()
     print("seed:", options.seed, flush=True)
+    faulthandler.dump_traceback_later(options.seconds + 60, exit=True)
     with tempfile.TemporaryDirectory() as folder:
         env = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "TERM": "xterm"}
         races = Races(options.interpreter, options.file, env, folder, options.seed)

@@ -227,7 +227,7 @@ def test_the_manual_says_which_options_may_be_repeated(xeroctl):
 
 
 def test_the_manual_has_the_commands_of_a_conversation_and_no_other(xeroctl):
-    heads = [head.split()[1] for head in items(subsection("Interactive mode")) if head.startswith("Cm /")]
+    heads = [head.split()[1] for head in items(subsection("Chat")) if head.startswith("Cm /")]
     assert heads == [command.name for command in xeroctl.CHAT_COMMANDS]
 
 

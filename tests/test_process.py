@@ -101,6 +101,37 @@ def test_a_signal_ends_it_at_once_and_keeps_the_text(start, server, phase, outpu
     assert phase == waiting_to_retry or server.gone[0].wait(SOON_SECONDS)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("options", [
+    ["--from-file", "fifo"], ["--schema", "fifo"], ["--param", "x=@fifo"], ["-a", "fifo"], ["-i", "-a", "fifo"],
+    ["-q"],
+], ids=" ".join)
+def test_a_signal_ends_it_while_it_waits_for_a_pipe_in_place_of_a_file(start, server, tmp_path, options, number):
+    path = tmp_path / "fifo"
+    config = None
+    if options == ["-q"]:  # the config file is the pipe
+        config = {"XDG_CONFIG_HOME": str(tmp_path)}
+        (tmp_path / "xeroctl").mkdir()
+        path = tmp_path / "xeroctl" / "config.toml"
+    os.mkfifo(str(path))
+    message = [] if "-i" in options else ["-m", "Hi"]
+    child = start("chat", "--endpoint", "e", "--base-url", server.url, *message, *options, env=config, cwd=str(tmp_path))
+    writer = os.open(str(path), os.O_WRONLY)  # once it has opened the pipe
+    child.signal(number)
+    result = child.finish(timeout=5)
+    os.close(writer)
+    assert result == (128 + number, b"", b"")
+
+
+def test_a_pipe_in_place_of_a_file_is_read_to_its_end(bash, server):
+    server.script(HELLO)
+    line = '"$@" --from-file <(echo short) --param x=@<(echo 5) -a <(echo log)'
+    assert bash(line, *ask(server)).finish() == (0, b"Hello!\n", b"")
+    body = server.requests[0].json
+    assert (body["messages"][0]["content"], body["x"]) == ("short", 5)
+    assert "\nlog\n" in body["messages"][1]["content"]
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_ends_it_while_it_reports_an_error(start, server, number):

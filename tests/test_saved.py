@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from loopback import DONE, chunk, stream, stream_head
+from loopback import DONE, Call, chunk, stream, stream_head
 from test_interactive import NEW, PROMPT, TURN, answer, end, enter, failure, kept, leave, said
 from test_interactive import pipe, state, talk  # noqa: F401 (fixtures)
 
@@ -238,6 +238,13 @@ def test_continued_without_a_history_nothing_is_written(once, server, state):
     assert (kept(state), pairs(path), said(server, 1)) == ([path], TURN, TURN + NEW)
 
 
+@pytest.mark.parametrize("more", [["-m", "two", "--dry-run"], ["-m", ""], ["-m", "two", "--context", "none"]], ids=" ".join)
+def test_a_conversation_keeps_its_file_where_nothing_is_sent(once, server, state, more):
+    path = keep(state, "20260102T030405Z-999999999.json")
+    once("-c", *more)
+    assert (kept(state), pairs(path), server.requests) == ([path], TURN, [])
+
+
 # -- In a file of one's own ------------------------------------------
 
 
@@ -278,6 +285,72 @@ def test_a_file_that_another_process_changed_is_left_alone(talk, server, state, 
     leave(child)
     assert (path.read_text(), child.output.count(b"another process changed")) == ("other", 1)
     assert [len(pairs(name)) for name in kept(state)] == [6]
+
+
+CHANGED = "another process changed c.json: the conversation is "
+
+
+@pytest.mark.parametrize("change", ["write", "pipe"])
+@pytest.mark.parametrize("piped", [False, True], ids=["single", "piped"])
+def test_a_question_whose_file_is_changed_meanwhile_is_kept_in_the_state_folder(
+        once, pipe, server, state, tmp_path, piped, change):
+    path = tmp_path / "c.json"
+
+    def replace(sock):
+        path.unlink()
+        if change == "pipe":
+            os.mkfifo(str(path))
+        else:
+            path.write_text("other")
+
+    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in TURN]}))
+    server.script([Call(replace), answer("zwei")])
+    options = ["--conversation", "c.json"]
+    ask = pipe("two\n", *options, cwd=str(tmp_path)) if piped else once(*options, "-m", "two", cwd=str(tmp_path))
+    assert (ask[:2], path.is_file()) == ((0, "zwei\n"), change == "write")
+    assert f"xeroctl: warning: {CHANGED}kept in the state folder from here on" in ask[2]
+    assert [pairs(name) for name in kept(state)] == [TURN + NEW + [("assistant", "zwei")]]
+
+
+def test_without_a_history_a_conversation_whose_file_is_changed_is_lost(once, server, state, tmp_path):
+    server.script([Call(lambda sock: (tmp_path / "c.json").write_text("other")), answer("eins")])
+    status, _, lines = once("--conversation", "c.json", "--no-history", "-m", "one", cwd=str(tmp_path))
+    assert (status, lines[-1]) == (0, f"xeroctl: warning: {CHANGED}not kept and will be lost")
+    assert not os.path.exists(state)
+
+
+def test_a_save_to_the_conversations_own_file_is_one_of_its_saves(pipe, server, state, tmp_path):
+    server.script(answer("eins"), answer("zwei"))
+    (tmp_path / "link.json").symlink_to("c.json")
+    status, _, lines = pipe("/save link.json\none\n/save c.json\ntwo\n/save\n", "--conversation", "c.json", cwd=str(tmp_path))
+    assert (status, lines[0], lines[-2]) == (0, "saved 0 messages to link.json", "saved 4 messages to c.json")
+    assert (len(pairs(tmp_path / "c.json")), kept(state)) == (4, [])
+
+
+def test_a_save_to_the_conversations_own_file_does_not_ask(talk, server, tmp_path):
+    server.script(answer("eins"), answer("zwei"), answer("drei"))
+    child = talk("--conversation", "c.json", cwd=str(tmp_path), columns=200)
+    enter(child, "one")
+    assert enter(child, "/save c.json") == ["saved 2 messages to c.json"]
+    enter(child, "two")
+    (tmp_path / "c.json").write_text("other")
+    assert "another process changed c.json" in enter(child, "/save", 200)[-1]
+    leave(child)
+    assert (tmp_path / "c.json").read_text() == "other"
+
+
+def test_a_conversation_whose_lock_another_holds_is_written_without_and_that_is_said_once(talk, server, tmp_path):
+    server.always(answer())
+    path = tmp_path / "c" / "c.json"
+    path.parent.mkdir()
+    descriptor = os.open(str(path.parent), os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    child = talk("--conversation", str(path))
+    for line in ("one", "two"):
+        enter(child, line)
+    leave(child)
+    os.close(descriptor)
+    assert (child.output.count(b"holds the lock"), len(pairs(path))) == (1, 4)
 
 
 @pytest.mark.parametrize("content", ["", "hello", "{}", '[{"content": "x"}]'], ids=repr)

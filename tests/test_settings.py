@@ -346,7 +346,7 @@ def test_the_slug_may_be_in_the_host(run):
 
 NO_BASE_URLS = [
     "api.example/v1", "ftp://api.example/v1", "file:///etc/passwd", "http://", "http:///v1", "https://api.example:99999/v1",
-    "https://api.example:0/v1", "https://api.example:x/v1", "https://api.example/v1#x", "https://api.example/v 1",
+    "https://api.example:0/v1", "https://api.example:x/v1", "https://api.example:/v1", "https://api.example/v1#x", "https://api.example/v 1",
     "https://api.example/v1?x=1", "https://héllo.example/v1", "https://api.example/v1\n", "http://[::1/v1", " ",
 ]
 

@@ -59,6 +59,11 @@ def test_json_is_shown_as_it_is(answers, schema, text):
     assert answers(text, "--schema", schema) == (0, printed.encode(), b"")
 
 
+@pytest.mark.parametrize("text", ['{"a":NaN}', "[-Infinity]", "[" * 100000], ids=lambda text: text[:20])
+def test_what_json_does_not_have_is_not_json(answers, schema, text):
+    assert answers(text, "--schema", schema).status == 5
+
+
 @pytest.mark.parametrize("text", ['{"n": 1', "Sure: {}", "```json\n{}\n```"], ids=ascii)
 def test_what_is_not_json_is_shown_and_status_5(answers, schema, text):
     result = answers(text, "--schema", schema)
@@ -76,11 +81,17 @@ def test_with_json_output_the_document_is_shown_and_the_answer_is_checked(chat, 
 
 def test_thoughts_before_the_json_are_no_part_of_it(answers, schema):
     result = answers('<think>\n{hm\n</think>\n\n{"n": 2}', "--schema", schema)
-    assert (result.status, result.stderr) == (0, b"")
+    assert result == (0, b'{"n": 2}\n', b"")
+
+
+def test_thoughts_before_the_json_are_shown_on_stderr_where_that_is_wanted(answers, schema):
+    result = answers('<think>hm</think>{"n": 2}', "--schema", schema, "--show-reasoning")
+    assert result == (0, b'{"n": 2}\n', b"hm\n")
 
 
 @pytest.mark.parametrize("data, words", [
-    (None, "cannot read"), (b"{", "is not JSON"), (b"[1]", "is not a JSON object"), (b"\xff\xff", "is not JSON")], ids=str)
+    (None, "cannot read"), (b"{", "is not JSON"), (b"[1]", "is not a JSON object"), (b"\xff\xff", "is not JSON"),
+    (b'{"a": NaN}', "is not JSON")], ids=str)
 def test_a_schema_that_is_no_good_is_refused_before_anything_is_sent(chat, tmp_path, data, words):
     path = tmp_path / "schema.json"
     if data is not None:

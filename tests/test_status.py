@@ -540,7 +540,7 @@ ONE_BY_ONE = [stream_head(), sse(chunk("One")), Call(moment), sse(chunk(" two"))
               sse(chunk(" three")), Call(moment), sse(chunk(finish="stop"), DONE)]
 IN_ONE_PIECE = "in one piece: it may be that this server does not stream"
 AT_ONCE = "at once, too fast to see it stream"
-HELD_BACK = "in one lump: something on the way, a proxy perhaps, holds the stream back"
+HELD_BACK = "in one burst: something on the way, a proxy perhaps, holds the stream back"
 
 
 def test_chunks_that_come_one_by_one_or_in_one_piece_are_told(check):
@@ -558,14 +558,14 @@ def late(sock):
     select.select([sock], [], [], 0.3)
 
 
-def test_chunks_that_come_late_and_in_one_lump_are_told(check):
+def test_chunks_that_come_late_and_in_one_burst_are_told(check):
     for reply in ([Call(late), LUMP], [stream_head(), Call(late), sse(chunk("One"), chunk(finish="stop"), DONE)]):
         result, = check((ASKED, MODELS, reply))
         assert told(result) == HELD_BACK
 
 
 @pytest.mark.parametrize("chunks, arrivals, seconds, words", [
-    (2, 2, 1, "one by one"), (3, 2, 1, "one by one"), (16, 8, 1, "one by one"), (16, 7, 1, "in 7 lumps"), (6, 2, 1, "in 2 lumps"),
+    (2, 2, 1, "one by one"), (3, 2, 1, "one by one"), (16, 8, 1, "one by one"), (16, 7, 1, "in 7 bursts"), (6, 2, 1, "in 2 bursts"),
     (2, 1, 1, HELD_BACK), (2, 1, 0.01, AT_ONCE), (1, 1, 1, IN_ONE_PIECE), (1, 1, 0.01, IN_ONE_PIECE),
 ], ids=str)
 def test_the_pace_of_a_stream(xeroctl, chunks, arrivals, seconds, words):
