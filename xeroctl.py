@@ -103,8 +103,8 @@ class XeroctlError(Exception):
     """A failure that a user, a server or a network can cause, in one sentence.
 
     *status* is the HTTP status.  *code* and *request_id* are the server's, *retry_after* the
-    seconds it asked us to wait, *body* the text of its error, which --verbose shows.
-    *retryable* says that a second try may succeed.
+    seconds it asked us to wait, *body* the text of its error, for --verbose.  *retryable* says
+    that a second try may succeed.  The attribute *reason* is the message without its advice.
     """
     kind = "failure"
     exit_status = EXIT_FAILURE
@@ -112,6 +112,7 @@ class XeroctlError(Exception):
     def __init__(self, message, status=None, code=None, request_id=None,
                  retryable=False, retry_after=None, body=None):
         super().__init__(message)
+        self.reason = message.partition(": ")[0]
         self.status = status
         self.code = code
         self.request_id = request_id
@@ -242,9 +243,6 @@ Usage = namedtuple("Usage", "prompt completion total cached reasoning")  # None:
 
 Totals = namedtuple("Totals", "prompt completion exact")  # tokens of a chat session
 
-# One step of connecting, "name", "connection" or "tls": its duration, and what is known from it.
-ConnectStep = namedtuple("ConnectStep", "name seconds sentence facts")
-
 # -- Config -----------------------------------------------------------------------------------
 
 KEY_FIELDS = ("api_key", "api_key_keychain", "api_key_command")
@@ -261,13 +259,38 @@ _TOML_LINE = rf"\s*(?:\[\s*{_TOML_KEYS}\s*\]|{_TOML_KEYS}\s*=\s*{_TOML_VALUE})?\
 # The comments and blank lines at the end of a table: up to the first blank line, and the rest.
 _TOML_TAIL = r"(?m)^((?:[ \t]*#.*\n)*[ \t\r]*\n)?((?:[ \t\r]*(?:#.*)?\n)*)\Z"
 
+SAMPLING_RANGES = {  # sampling option -> (type, lowest, highest)
+    "max_tokens": (int, 1, MAX_NUMBER),
+    "temperature": (float, 0, 2),
+    "top_p": (float, 0, 1),
+    "frequency_penalty": (float, -2, 2),
+    "presence_penalty": (float, -2, 2),
+    "seed": (int, -MAX_NUMBER, MAX_NUMBER),
+}
+
+def parse_number(text, convert, low, high):
+    """Return the number from *low* to *high* that *text* is, made by *convert* (int or float).
+
+    Raise ValueError for another text; its message says what is wanted, as "a number from 0 to 2".
+    """
+    with contextlib.suppress(ValueError):
+        number = convert(text)
+        if low <= number <= high:
+            return number
+    wanted = "a whole number" if convert is int else "a number"
+    if high < MAX_NUMBER:
+        wanted += f" from {low} to {high}"
+    elif low > -MAX_NUMBER:
+        wanted += f" of at least {low}"
+    raise ValueError(wanted)
+
 def is_secret_name(name):
     """Return whether a header, body field or config field of this *name* may hold a secret."""
     words = "(?i)auth|key|token|secret|password|credential|cookie"
     return re.search(words, name) is not None
 
 def mask_key(key):
-    """Return what may be shown of an API key: asterisks, and the last four of 16 or more."""
+    """Return an API key masked: asterisks, then the last four of 16 or more."""
     if not key:
         return ""
     if len(key) < 2 * MIN_REDACTED_CHARACTERS:
@@ -275,7 +298,10 @@ def mask_key(key):
     return "****" + key[-4:]
 
 def redact(text, secrets):
-    """Return *text* with *** for each of *secrets*; short ones could be any word, and stay."""
+    """Return *text* with *** for each of *secrets*.
+
+    Secrets under 8 characters are not replaced: they may be ordinary words.
+    """
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= MIN_REDACTED_CHARACTERS:
             text = text.replace(secret, "***")
@@ -361,6 +387,7 @@ def check_base_url(url):
     try:
         parts = urlsplit(url)
         is_usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        is_usable = is_usable and not parts.netloc.endswith(":")
     except ValueError:
         is_usable = False
     if is_usable and re.match(r'[!"$%&-~]+\Z', url):  # no #
@@ -481,37 +508,37 @@ def first_given(*candidates):
             return value, source
     return None, None
 
-def kept_key(deployment):
+def key_field(deployment):
     """Return the field of *deployment* that says where its key is, or None."""
     for field in KEY_FIELDS:
         if deployment.get(field):
             return field
     return None
 
-def _places_by_rank(options, environ, deployment, stored):
-    """Return (base URL, its source, key, its source) of each place, by precedence.
+def _credentials_by_precedence(options, environ, deployment, stored):
+    """Return a tuple (base URL, its source, key, its source) of each place that may set them.
 
-    Of a stored key it is the field that says where the key is.
+    For a deployment, key is the name of the field that holds it.
     """
     option = (options.base_url, "--base-url",
               options.api_key, "--api-key")
     variable = (environ.get(ENV_BASE_URL), ENV_BASE_URL,
                 environ.get(ENV_API_KEY), ENV_API_KEY)
     own = (deployment.get("base_url"), stored,
-           kept_key(deployment), stored)
+           key_field(deployment), stored)
     openai = (environ.get(ENV_OPENAI_BASE_URL), ENV_OPENAI_BASE_URL,
               environ.get(ENV_OPENAI_API_KEY), ENV_OPENAI_API_KEY)
     if options.context:
         return [option, own, variable, openai]
     return [option, variable, own, openai]
 
-def _may_send(key_source, home, base_url, base_url_source):
-    """Return whether a key that is kept beside the base URL *home* may go to *base_url*."""
+def _may_send(key_source, key_base_url, base_url, base_url_source):
+    """Return whether a key that belongs to *key_base_url* may go to *base_url*."""
     if key_source == "--api-key" or (key_source, base_url_source) == (ENV_API_KEY, "--base-url"):
         return True
-    if key_source == ENV_API_KEY and not home:
+    if key_source == ENV_API_KEY and not key_base_url:
         return base_url_source != ENV_OPENAI_BASE_URL
-    return same_origin(home, base_url)
+    return same_origin(key_base_url, base_url)
 
 def _missing_base_url(config, context):
     if config.deployments and not context:
@@ -528,7 +555,7 @@ def _key_notes(api_key, base_url, environ, deployment, context):
         return [f"the API key goes to {host} unencrypted, over plain http"]
     if api_key:
         return []
-    if kept_key(deployment):
+    if key_field(deployment):
         return [f"the key of context {context} is for another server and is not sent"]
     if environ.get(ENV_API_KEY):
         return [f"{ENV_API_KEY} is for another server and is not sent"]
@@ -542,7 +569,7 @@ def resolve_settings(options, environ, config, fetch_key):
     context = options.context or environ.get(ENV_CONTEXT) or config.current
     deployment = find_deployment(config, context)
     stored = f"deployment {context} in {config.path}"
-    places = _places_by_rank(options, environ, deployment, stored)
+    places = _credentials_by_precedence(options, environ, deployment, stored)
     base_url, base_url_source = first_given(*[place[:2] for place in places])
     if not base_url:
         raise _missing_base_url(config, context)
@@ -554,12 +581,12 @@ def resolve_settings(options, environ, config, fetch_key):
     if deployment.get("base_url", "").rstrip("/") == base_url:
         own = deployment
     endpoint, endpoint_source = first_given(
-        (getattr(options, "endpoint", None), "--endpoint"),
+        (options.endpoint, "--endpoint"),
         (environ.get(ENV_ENDPOINT), ENV_ENDPOINT),
         (own.get("endpoint"), stored))
     if endpoint:
         check_endpoint(endpoint, base_url, endpoint_source)
-    stream = getattr(options, "stream", None)
+    stream = options.stream
     if stream is None:
         stream = own.get("stream", False)
     output = options.output or deployment.get("output") or "text"
@@ -569,8 +596,8 @@ def resolve_settings(options, environ, config, fetch_key):
         output = "text"
     retries = DEFAULT_RETRIES if options.retries is None else options.retries
 
-    keys = [(key, source) for home, _, key, source in places
-            if _may_send(source, home, base_url, base_url_source)]
+    keys = [(key, source) for key_base_url, _, key, source in places
+            if _may_send(source, key_base_url, base_url, base_url_source)]
     api_key, api_key_source = first_given(*keys)
     if api_key and api_key_source == stored:
         api_key = deployment.get("api_key") or fetch_key(deployment)
@@ -581,6 +608,10 @@ def resolve_settings(options, environ, config, fetch_key):
     return Settings(
         endpoint, base_url, api_key, list(options.header), output, stream, options.timeout,
         options.connect_timeout, retries, options.cacert, options.dry_run, notes, sources)
+
+def resolve_options(options):
+    """Return the Settings that *options* alone ask for."""
+    return resolve_settings(options, {}, Config("", None, {}, []), None)
 
 # An edit works on blocks, [keys, text] pairs of a table each. The first block is what comes before
 # the first table; its keys are [], as are those of a header that we cannot read.
@@ -617,7 +648,7 @@ def _remove_table(blocks, keys):
 def _set_value(text, name, value, new_at):
     """Return *text* with *name* set to the text *value*, at *new_at* if new; None removes it.
 
-    A blank line sets off what is in the first line.
+    A setting in the first line is followed by a blank line.
     """
     start = end = new_at
     line = f"{name} = {_toml_text(value)}\n"
@@ -698,20 +729,24 @@ def edit_config(text, path, current, deployments):
     wanted = dict(document, current=current or "", deployment=deployments)
     _check_meaning(edited, path, wanted)
     return edited
+
 # -- Wire -------------------------------------------------------------------------------------
 
 class WireError(Exception):
     """The bytes are not an HTTP/1.1 response; the message says why."""
 
 class IncompleteError(WireError):
-    """A head or a body ends too early, or its framing is broken."""
+    """A head or a body ends too early, or is broken; the message says what the peer did."""
 
 _END_OF_HEAD = re.compile(br"\n\r?\n")
+# The line end of the chunk before, the size, an extension, a line end (RFC 9112, 7.1).
+_CHUNK_SIZE = br"\r?\n[ \t]*([0-9a-fA-F]{1,16})[ \t]*(?:;[^\n]*)?\r?\n"
+_GZIP_START = b"\x1f"
 _STATUS_LINE = re.compile(r"HTTP/1\.(\d) +([1-9]\d\d)(?: +(.*))?\Z", re.DOTALL)
 _TLS_RECORDS = (b"\x15\x03", b"\x16\x03")
 
 def parse_head(data):
-    """Return the ResponseHead that the bytes *data* are; raise WireError where they are none."""
+    """Return the ResponseHead that *data* holds; raise WireError if it is not HTTP/1.1."""
     text = data.decode("latin-1").rstrip("\r\n")
     text = re.sub(r"\r?\n[ \t]+", " ", text)  # RFC 9112, 5.2: a header over several lines
     lines = [line.rstrip("\r") for line in text.split("\n")]
@@ -730,6 +765,11 @@ def parse_head(data):
     version = "1.0" if minor == "0" else "1.1"
     return ResponseHead(version, int(status), reason or "", headers, lines)
 
+def check_reply_size(count):
+    """Raise ServerError if a reply of *count* bytes is too long to be held."""
+    if count > MAX_REPLY_BYTES:
+        raise ServerError(f"the reply is over {MAX_REPLY_BYTES >> 20} MiB")
+
 class ResponseDecoder:
     """Decode one HTTP/1.1 response (RFC 9112) from bytes that come cut anywhere.
 
@@ -742,6 +782,7 @@ class ResponseDecoder:
 
     def __init__(self, method="GET"):
         self.head = None
+        self.has_body = False  # some of the body came
         self.complete = False
         self.keeps_open = False  # another request can follow on the connection
         self.unread = b""
@@ -751,14 +792,15 @@ class ResponseDecoder:
         self._take = self._take_until_close
         self._missing = 0  # bytes of the body, or of the chunk
         self._frame = b"\r\n"  # unfinished bytes between chunks, with the line end before them
-        self._inflater = None
+        self._is_compressed = False
+        self._inflater = None  # of the gzip member or deflate stream that is being read
         self._failure = None  # raised by the next call
 
     def feed(self, data):
-        """Return the bytes of the body that *data* brought, their content coding undone.
+        """Return the bytes of the body that *data* brought, decompressed.
 
-        Raise WireError where it is not HTTP.  Of a broken body the good bytes are returned, and
-        the next call raises IncompleteError for its framing, ServerError for its coding.
+        Raise WireError where it is not HTTP.  Of a broken body the good bytes are returned.  The
+        next call raises IncompleteError, or ServerError for bytes that cannot be decompressed.
         """
         if self._failure:
             raise self._failure
@@ -770,22 +812,26 @@ class ResponseDecoder:
             if self.head is None:
                 return b""
         body = self._take(data)
-        if self._inflater:
+        self.has_body = self.has_body or bool(body)
+        if self._is_compressed:
             body = self._inflate(body)
+            if self.complete:
+                self._check_compressed_end()
         return body
 
     def finish(self):
-        """Take note that the connection was closed; raise IncompleteError where that is too early.
+        """Handle the end of the connection; raise IncompleteError where it comes too early.
 
         Where the head is still None, no response came.
         """
+        may_end = self._take in (self._take_until_close, self._take_trailer)
+        if self.head and may_end:
+            self.complete = True
+            self._check_compressed_end()
         if self._failure:
             raise self._failure
-        may_end = self._take in (self._take_until_close, self._take_trailer)
-        if self.complete or self.head and may_end:
-            self.complete = True
-            return
-        raise IncompleteError("the connection was closed")
+        if not self.complete:
+            raise IncompleteError("closed the connection")
 
     def _take_head(self, data):
         start = max(0, len(self._received) - 3)
@@ -828,10 +874,7 @@ class ResponseDecoder:
         elif length:
             self._take = self._take_length
             self._missing = int(length.group(1)[:20])  # int refuses thousands of digits
-        if content_coding in ("gzip", "x-gzip", "deflate"):
-            import zlib
-
-            self._inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        self._is_compressed = content_coding in ("gzip", "x-gzip", "deflate")
 
     def _end(self, rest):
         connection = self.head.headers.get("connection", "").lower()
@@ -854,44 +897,36 @@ class ResponseDecoder:
     def _take_chunks(self, data):
         """Return what the chunks in *data* hold (RFC 9112, 7.1): a tight loop, once a chunk.
 
-        Each turn begins at the line end after a chunk.  int() accepts the blanks around a size.
+        Each iteration starts at the CRLF that ends the previous chunk.
         """
         data = self._frame + data
         self._frame = b""
         at = self._missing
         pieces = [data[:at]]
         available = len(data)
+        match_size = re.compile(_CHUNK_SIZE).match
         while at < available:
-            end = data.find(b"\n", at + 2)
-            if end < 0:
-                self._frame = data[at:]
+            line = match_size(data, at)
+            if not line:
+                self._hold_chunk_size(data[at:])
                 break
-            try:
-                size = int(data[at:end], 16)
-            except ValueError:
-                size = self._parse_size(data[at:end])
-            if size <= 0:
-                self._end_chunks(size, data[end:])
+            start = line.end()
+            size = int(line[1], 16)
+            if not size:
+                self._take = self._take_trailer
+                self._take_trailer(data[start - 1:])
                 break
-            at = end + 1 + size
-            pieces.append(data[end + 1:at])
+            at = start + size
+            pieces.append(data[start:at])
         self._missing = max(0, at - available)
-        if len(self._frame) > READ_BYTES:
-            self._end_chunks(-1, b"")
         return b"".join(pieces)
 
-    def _parse_size(self, line):
-        try:
-            return int(line.partition(b";")[0], 16)  # an extension follows the size
-        except ValueError:
-            return -1
-
-    def _end_chunks(self, size, data):
-        if size < 0:
-            self._failure = IncompleteError("a chunk of its answer has no size")
-        else:
-            self._take = self._take_trailer
-            self._take_trailer(data)
+    def _hold_chunk_size(self, line):
+        """Keep the *line* of a chunk size until it is complete."""
+        is_complete = line.find(b"\n", 2) >= 0
+        if is_complete or len(line) > READ_BYTES:
+            self._failure = IncompleteError("sent an invalid chunk size")
+        self._frame = line
 
     def _take_trailer(self, data):
         self._frame += data
@@ -899,19 +934,42 @@ class ResponseDecoder:
         if end:
             self._end(self._frame[end.end():])
         elif len(self._frame) > MAX_HEAD_BYTES:
-            self._failure = IncompleteError("the end of its answer is too long")
+            limit = MAX_HEAD_BYTES >> 20
+            self._failure = IncompleteError(f"sent a trailer section over {limit} MiB")
         return b""
 
     def _inflate(self, body):
+        """Return *body* decompressed; gzip can have several members (RFC 1952, 2.2)."""
         import zlib
 
+        pieces = []
+        size = 0
         try:
-            return self._inflater.decompress(body)
+            while body:
+                if self._inflater is None or self._inflater.eof and body.startswith(_GZIP_START):
+                    self._inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
+                elif self._inflater.eof:  # padding
+                    break
+                piece = self._inflater.decompress(body, MAX_REPLY_BYTES - size + 1)
+                pieces.append(piece)
+                size += len(piece)
+                check_reply_size(size)
+                body = self._inflater.unused_data
         except zlib.error as error:
-            self._failure = ServerError("the reply is not in the encoding that it claims")
+            self._fail(ServerError("the reply is not in the encoding that it claims"))
             self._failure.__cause__ = error
-            self.complete = False
+        except ServerError as error:
+            self._fail(error)
             return b""
+        return b"".join(pieces)
+
+    def _check_compressed_end(self):
+        if self._inflater and not self._inflater.eof:
+            self._fail(IncompleteError("sent an incomplete compressed body"))
+
+    def _fail(self, error):
+        self._failure = self._failure or error
+        self.complete = False
 
 class EventDecoder:
     """Decode a stream of server-sent events (WHATWG HTML, 9.2.6) that comes cut anywhere.
@@ -962,7 +1020,7 @@ class EventDecoder:
 
     def _take_lines(self, text):
         if text.startswith("data: ") and text.endswith("\n\n"):
-            # The usual case, a hundred events of one line at once, is worth no loop.
+            # The usual case, a hundred events of one line at once, needs no loop.
             texts = text[6:-2].split("\n\ndata: ")
             in_block = self._data or self._name or self._stray_lines
             if text.count("\n") == 2 * len(texts) and not in_block:
@@ -1080,16 +1138,15 @@ def build_sampling(options):
     """
     fields = {}
     for name in BODY_OPTIONS:
-        value = getattr(options, name, None)
+        value = getattr(options, name)
         if value is not None:
             fields[name] = value
-    if getattr(options, "metadata", None):
+    if options.metadata:
         fields["metadata"] = dict(options.metadata)
-    schema = getattr(options, "schema", None)
-    if schema is not None:
+    if options.schema is not None:
         fields["response_format"] = {
             "type": "json_schema",
-            "json_schema": {"name": options.schema_name or "answer", "schema": schema},
+            "json_schema": {"name": options.schema_name, "schema": options.schema},
         }
     ours = set(fields)
     for name, value in options.param:
@@ -1099,7 +1156,7 @@ def build_sampling(options):
             fields[name] = value
     headers = []
     for name, option in (("X-SLO-TTFT-Ms", "slo_ttft"), ("X-SLO-TPOT-Ms", "slo_tpot")):
-        value = getattr(options, option, None)
+        value = getattr(options, option)
         if value is not None:
             headers.append((name, str(value)))
     return Sampling(options.model, fields, headers)
@@ -1156,6 +1213,11 @@ def build_stored_request(method, settings, path, query=(), body=None):
         url += ("&" if "?" in url else "?") + urlencode(query, errors="replace")
     return build_request(method, url, settings, body)
 
+def build_models_request(settings):
+    """Return the Request for the models behind the endpoint, or behind the project without one."""
+    url = endpoint_url(settings.base_url, settings.endpoint, "/models")
+    return build_request("GET", url, settings)
+
 def without_stream_options(request):
     """Return *request* without its stream_options, or None if it has none."""
     if not request.streamed:
@@ -1177,7 +1239,9 @@ def build_curl_command(request, settings):
     """Return *request* as a curl command that is safe to paste: the key is a variable in it."""
     from shlex import quote
 
-    words = ["curl", "-gsSN" if request.streamed else "-gsS", quote(request.url)]
+    secrets = [settings.api_key or ""]
+    words = ["curl", "-gsSN" if request.streamed else "-gsS"]
+    words.append(quote(redact(request.url, secrets)))
     if request.method not in ("GET", "POST"):
         words += ["-X", request.method]
     for name, value in request.headers:
@@ -1186,12 +1250,12 @@ def build_curl_command(request, settings):
             continue
         if is_secret_name(name):
             value = "***"
-        words += ["-H", quote(f"{name}: {value}")]
+        words += ["-H", quote(redact(f"{name}: {value}", secrets))]
     if settings.cacert:
         words += ["--cacert", quote(settings.cacert)]
     if request.body is None:
         return " ".join(words)
-    body = request.body.decode("utf-8")
+    body = redact(request.body.decode("utf-8"), secrets)
     if len(request.body) <= HERE_DOCUMENT_BYTES:
         return " ".join(words + ["--data-raw", quote(body)])
     # The body is one line of JSON, and can be no end of the document.  -d drops its line end.
@@ -1289,7 +1353,7 @@ def find_code_blocks(text):
     A block that is not closed reaches to the end.
     """
     contents = []
-    for block in _CODE_BLOCK.finditer(text):
+    for block in _CODE_BLOCK.finditer(text.replace("\r\n", "\n")):
         indent, _, content = block.groups()
         content = re.sub("(?m)^[ \t]{0,%d}" % len(indent), "", content)
         if content.endswith("\n"):
@@ -1410,7 +1474,7 @@ def is_error(document):
         return True
     return any(get_field(fields, name, str) for name in _ERROR_FIELDS)
 
-def _facts_of(document):
+def _merge_error_fields(document):
     """Return the fields of an error *document* and of the object in it, one beside the other."""
     facts = {}
     parts = [document]
@@ -1449,6 +1513,9 @@ def _effective_status(facts, status):
             return effective
     return status
 
+# What email.utils raises for odd dates, the last two up to Python 3.8.
+_DATE_ERRORS = (ValueError, TypeError, OverflowError, IndexError, UnboundLocalError)
+
 def retry_after_seconds(headers, facts):
     """Return the seconds that a response asks us to wait (RFC 9110, 10.2.3), or None.
 
@@ -1466,7 +1533,7 @@ def retry_after_seconds(headers, facts):
         seconds = float(whole.group(1))
     else:
         seconds = get_field(facts, "retry_after", (int, float))
-        with contextlib.suppress(Exception):  # no dates, or odd ones: old Pythons break on them
+        with contextlib.suppress(*_DATE_ERRORS):
             begin = mktime_tz(parsedate_tz(headers.get("date")))
             seconds = mktime_tz(parsedate_tz(value)) - begin
     if seconds is None:
@@ -1497,14 +1564,14 @@ def _advice_for_missing(context):
         return f"this server has no {missing}"
     return f"this server has no {missing}, or {advice}"
 
-def _advice(effective, context, retry_after, is_quota, is_json):
+def _advice(effective, context, retry_after, is_quota, is_from_server):
     if is_quota:
         return "waiting does not help: check the plan and the credit"
     if retry_after and retry_after > MAX_RETRY_DELAY_SECONDS:
         return f"the server asks to wait {round(retry_after)} s"
     if effective == 401 and not context.secrets:
         return f"set {ENV_API_KEY} or give --api-key"
-    if effective == 403 and not is_json:
+    if effective == 403 and not is_from_server:
         return "a proxy or firewall on the way may have answered"
     if effective == 404 or effective == 405 and not _asks_for_chat(context):
         return _advice_for_missing(context)
@@ -1523,7 +1590,7 @@ def _body_text(document):
     except XeroctlError:
         return ""
 
-def _has_unknown_words(document):
+def _has_unrecognised_fields(document):
     if not isinstance(document, dict) or document.get("choices"):
         return False
     if not isinstance(document.get("error", []), (list, dict)):
@@ -1539,7 +1606,7 @@ def _error_class(status):
         return RefusedError
     return ServerError
 
-def _error_place(context, code, request_id):
+def _status_prefix(context, code, request_id):
     names = code
     if request_id:
         names = f"{code}, request {request_id}".lstrip(", ")
@@ -1552,24 +1619,24 @@ def _error_place(context, code, request_id):
         place += " at " + redact(context.url, context.secrets)
     return place + context.via
 
-def build_error(document, context, is_json=True):
+def build_error(document, context, is_from_server=True):
     """Return the error that *document* describes: parsed JSON, or a text for anything else.
 
-    With HTTP 200 the document's own number or names say what class of error it is.  *is_json*
-    says that the server itself wrote it, not a proxy with a page of its own.
+    With HTTP 200 the document's own number or names say what class of error it is.
+    *is_from_server* says that no proxy wrote it.
     """
     body = redact(_body_text(document), context.secrets)
     if isinstance(document, list) and len(document) == 1:  # as Gemini sends it
         document = document[0]
     if not get_field(document, "error", (str, dict)):
         document = _failed_choice(document) or document
-    facts = _facts_of(document)
+    facts = _merge_error_fields(document)
     effective = _effective_status(facts, context.status)
     retry_after = retry_after_seconds(context.headers, facts)
     is_quota = effective in (402, 429) and bool(_QUOTA_USED_UP.search(_names_in(facts)))
-    advice = _advice(effective, context, retry_after, is_quota, is_json)
+    advice = _advice(effective, context, retry_after, is_quota, is_from_server)
     sentence = error_sentence(document)
-    if not sentence and _has_unknown_words(document):
+    if not sentence and _has_unrecognised_fields(document):
         sentence = body
     if context.url.startswith("http:") and _PLAIN_HTTP.search(sentence):
         advice = "begin the base URL with https://"
@@ -1578,8 +1645,9 @@ def build_error(document, context, is_json=True):
         sentence = sentence.rstrip(".")
     code = redact(_error_code(facts, effective), context.secrets)
     request_id = redact(context.headers.get("x-request-id", ""), context.secrets)
-    place = _error_place(context, code, request_id)
+    place = _status_prefix(context, code, request_id)
     error = _error_class(effective)(": ".join(filter(None, [place, sentence, advice])))
+    error.reason = place
     if not 200 <= context.status <= 299:
         error.status = context.status
     error.code = code or None
@@ -1600,16 +1668,16 @@ def parse_error(data, context):
             text += f": if you trust {target}, make it the base URL"
         elif target:
             text += f" (to {target})"
-    is_json = not text
+    is_from_server = not text  # an empty body is no proxy page
     try:
         document = parse_json(text)
-        is_json = True
+        is_from_server = True
     except ValueError:
         document = text
         if text.startswith("<"):
             title = _page_title(text)
             document = "the answer is an HTML page" + (title and ": " + title)
-    error = build_error(document, context, is_json)
+    error = build_error(document, context, is_from_server)
     error.body = redact(body, context.secrets)
     return error
 
@@ -1667,7 +1735,9 @@ class _ChunkBuilder:
         self.has_end = False  # a finish reason came, or a whole message
         self._choice_index = None  # of the choice that is the answer, once that is known
         self._has_begun = False
-        self._held = []  # choices of another index, until choice 0 comes or is not expected
+        # Choices of another index, until choice 0 arrives, or MAX_HELD_CHOICES chunks came
+        # without it.
+        self._held = []
         self._given = bytearray()  # the text, in UTF-8: 100,000 small strings would weigh 6 MB
         self._pending_surrogate = ""
         self._begin()
@@ -1786,6 +1856,18 @@ class _ChunkBuilder:
         self._add_held()
         return self.build(at)
 
+def parse_json_lines(text):
+    """Return the documents in *text*: it is one, or one on each line, as sloppy servers send.
+
+    Raise ValueError otherwise.
+    """
+    try:
+        return [parse_json(text.strip())]
+    except ValueError:
+        if "\n" not in text:
+            raise
+    return [parse_json(line) for line in text.split("\n") if line.strip()]
+
 def _source_line(text):
     """Return the JSON *text* if it can be printed as one line of valid JSON, else None."""
     if "NaN" in text or "Infinity" in text or "\n" in text:
@@ -1821,13 +1903,14 @@ class AnswerDecoder:
         """Return the Chunk of what *data* brought at the monotonic time *at*, or None."""
         if self.ended:
             return None
-        if self._events is None:
-            self._received += data
-            self._decide()
-            if self._events is None:
-                return None
-            data = bytes(self._received)
         try:
+            if self._events is None:
+                self._received += data
+                check_reply_size(len(self._received))
+                self._decide()
+                if self._events is None:
+                    return None
+                data = bytes(self._received)
             self._take_events(self._events.feed(data))
         except XeroctlError as error:
             self._fail(error)
@@ -1851,8 +1934,6 @@ class AnswerDecoder:
         return chunk
 
     def _decide(self):
-        if len(self._received) > MAX_REPLY_BYTES:
-            self._fail(ServerError(f"the reply is over {MAX_REPLY_BYTES >> 20} MiB"))
         if self._first:
             return
         self._first = self._received.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
@@ -1921,11 +2002,11 @@ class AnswerDecoder:
             return
         for text in texts:
             try:
-                document = parse_json(text.strip())
+                parsed = parse_json_lines(text)
             except ValueError:
                 self._fail(ServerError("the stream holds something that is not JSON", body=text))
                 return
-            self._add_documents([document], [None])
+            self._add_documents(parsed, [None] * len(parsed))
 
     def _add_documents(self, documents, sources):
         """Add *documents* up to the first that is an error; empty texts and null are skipped."""
@@ -1983,9 +2064,11 @@ class Reply:
         self.deltas = 0  # events with text or reasoning in them
         self.tool_calls = []  # names of the functions that the model asked for
         self.first_at = self.last_at = None  # monotonic times of text or reasoning
-        self.seconds = self.first_seconds = None  # of the try that answered, set by who shows it
-        self._has_reasoning_field = False
-        self._raw_text = bytearray()  # UTF-8: a list of 100,000 small strings would weigh 6 MB
+        self.seconds = self.first_seconds = None  # set by receive_answer()
+        self.has_reasoning = False  # in fields of its own or in the text
+        self._splitter = ThoughtSplitter()
+        self._has_thought = False  # in the text
+        self._answer = bytearray()  # UTF-8: a list of 100,000 small strings would weigh 6 MB
 
     def add(self, chunk):
         """Take in one Chunk."""
@@ -1998,8 +2081,10 @@ class Reply:
             name = get_field(get_field(call, "function", dict), "name", str)
             if name or not self.tool_calls:
                 self.tool_calls.append(name or "")
-        self._raw_text += chunk.text.encode("utf-8")
-        self._has_reasoning_field = self._has_reasoning_field or bool(chunk.reasoning)
+        thought, answer = self._splitter.feed(chunk.text)
+        self._answer += answer.encode("utf-8")
+        self._has_thought = self._has_thought or bool(thought)
+        self.has_reasoning = self.has_reasoning or self._has_thought or bool(chunk.reasoning)
         if chunk.deltas:
             self.deltas += chunk.deltas
             self.last_at = chunk.at
@@ -2012,23 +2097,13 @@ class Reply:
         return bool(self.deltas or self.tool_calls)
 
     @property
-    def raw_text(self):
-        """The text that arrived so far, as the server sent it."""
-        return self._raw_text.decode("utf-8")
-
-    @property
     def text(self):
         """The answer that arrived so far, without <think>...</think> at its head."""
-        splitter = ThoughtSplitter()
-        thought, answer = splitter.feed(self.raw_text)
-        if thought:
-            return answer.lstrip()
-        return answer + splitter.finish()[1]
-
-    @property
-    def has_reasoning(self):
-        """Whether reasoning came, in fields of its own or in the text."""
-        return self._has_reasoning_field or self.raw_text.lstrip().startswith(THINK_START)
+        _, held = self._splitter.finish()
+        text = self._answer.decode("utf-8") + held
+        if self._has_thought:
+            return text.lstrip()
+        return text
 
     def check_answer(self):
         """Raise CutShortError where the server says that it failed, ServerError for no answer."""
@@ -2071,6 +2146,11 @@ def finish_note(reply):
 CONVERSATION_FORMAT = "xeroctl-conversation"
 CONVERSATION_VERSION = 1
 SYSTEM_ROLES = ("system", "developer")
+
+def _turn_bounds(messages):
+    """Return the indices in *messages* where each turn begins, and where the last one ends."""
+    bounds = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    return bounds + [len(messages)]
 
 class Conversation:
     """The messages of a chat, oldest first, each in the API's shape with every field it came with.
@@ -2127,22 +2207,17 @@ class Conversation:
 
     def turns(self):
         """Return the list of turns, each a list of messages; the unanswered question is one."""
-        turns = []
-        for message in self.all_messages():
-            if message["role"] == "user":
-                turns.append([message])
-            elif turns:
-                turns[-1].append(message)
-        return turns
+        messages = self.all_messages()
+        bounds = _turn_bounds(messages)
+        return [messages[start:end] for start, end in zip(bounds, bounds[1:])]
 
     def last_question(self):
         """Return (question, messages before it) of the newest turn, or (None, [])."""
-        before = list(self.all_messages())
-        while before:
-            message = before.pop()
-            if message["role"] == "user":
-                return message, before
-        return None, []
+        messages = self.all_messages()
+        *starts, _ = _turn_bounds(messages)
+        if not starts:
+            return None, []
+        return messages[starts[-1]], messages[:starts[-1]]
 
     def undo(self):
         """Take the newest turn away and return its question, or None where there is no turn."""
@@ -2155,10 +2230,10 @@ class Conversation:
     def drop(self, count):
         """Drop the oldest *count* turns, but no system messages; return how many there were."""
         messages = self.messages
-        starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
-        count = min(count, len(starts))
+        bounds = _turn_bounds(messages)
+        count = min(count, len(bounds) - 1)
         if count:
-            end = (starts + [len(messages)])[count]
+            end = bounds[count]
             messages[:end] = [message for message in messages[:end]
                               if message["role"] in SYSTEM_ROLES]
         return count
@@ -2171,7 +2246,7 @@ class Conversation:
         return None
 
 def message_text(message):
-    """Return what *message* says: its text, and the names of all else that is in it."""
+    """Return what *message* says: its text, and the names of its other parts."""
     pieces = [content_text(message)]
     for part in get_field(message, "content", list) or ():
         if get_field(part, "text", str) is None:
@@ -2180,7 +2255,7 @@ def message_text(message):
         pieces.append(f"[tool calls: {json_text(message['tool_calls'])}]")
     return "\n".join(filter(None, pieces))
 
-def build_document(conversation, endpoint, model, saved_at):
+def conversation_json(conversation, endpoint, model, saved_at):
     """Return the JSON text that keeps *conversation*; *saved_at* is its time in ISO 8601."""
     return json_text({
         "format": CONVERSATION_FORMAT,
@@ -2545,11 +2620,12 @@ _LINE = r"""(?x)
     | (?P<table> \| )
     | (?P<blank> \n )
     | (?P<prose> ) )"""
-_ENOUGH = 200  # characters of a line to tell what it is
+MAX_HELD_CHARACTERS = 200  # characters of a line to tell what it is
 _INLINE_MARKS = "\\`*_"
 # A mark, blanks, a run of other text, or one character from where the wide ones begin.
 _TOKEN = r"\\[^\w\s]?|`+|\*+|_+|[ \t]+|[\x00-\x08\x0b-\x1f!-)+-\[\]^a-\u10ff]+|[^\x00-\u10ff]"
-_NO_BREAK_BEFORE = "、。，．：；？！）」』】〉》ー…\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
+_NO_BREAK_BEFORE = ("、。，．：；？！）」』】〉》ー…"
+                    "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")  # skin tones
 _NO_BREAK_AFTER = "（「『【〈《\u200d([{\"'" + _INLINE_MARKS
 
 def _may_break(before, after):
@@ -2612,7 +2688,7 @@ class MarkdownStyler:
         """
         match = re.match(_LINE, line)
         kind = match.lastgroup
-        if kind == "undecided" and len(line) < _ENOUGH:
+        if kind == "undecided" and len(line) < MAX_HELD_CHARACTERS:
             self._held = line
             return ""
         marks = match.group(1)
@@ -2656,11 +2732,11 @@ class MarkdownStyler:
             after = text[match.end():match.end() + 1]
             style = self._style()
             if token[0] in _INLINE_MARKS:
-                if not after and len(token) < _ENOUGH:
+                if not after and len(token) < MAX_HELD_CHARACTERS:
                     self._held = token
                     return
                 self._read_mark(token, after)
-                style = max(style, self._style(), key=len)  # as what it encloses
+                style = max(style, self._style(), key=len)  # style a mark like the text it encloses
             if self._kind == "table":
                 self._wrapper.add_fixed(token, style)
             elif token[0] in " \t":
@@ -2723,7 +2799,7 @@ def poll_once(reads, writes, seconds):
     for descriptor, mask in masks.items():
         poll.register(descriptor, mask)
     milliseconds = None if seconds is None else int(seconds * 1000) + 1
-    ready = {descriptor: events for descriptor, events in poll.poll(milliseconds)}
+    ready = dict(poll.poll(milliseconds))
     # An error or a hang-up ends both waits: the call that follows reports it.
     readable = [one for one in reads if ready.get(one, 0) & ~select.POLLOUT]
     writable = [one for one in writes if ready.get(one, 0) & ~select.POLLIN]
@@ -2740,6 +2816,8 @@ class Waiter:
     *before_stop* and *after_stop* are called around a stop by Ctrl+Z, the first one also before a
     third Ctrl+C ends the process.
     """
+
+    watching = None  # the Waiter inside watch_signals(), for the main thread
 
     def __init__(self):
         self.before_stop = None
@@ -2773,8 +2851,10 @@ class Waiter:
         try:
             for number in replaced:
                 signal.signal(number, self._note)
+            Waiter.watching = self
             yield
         finally:
+            Waiter.watching = None
             for number in replaced:
                 signal.signal(number, defaults[number])
             signal.set_wakeup_fd(previous)
@@ -2882,7 +2962,10 @@ class Waiter:
             if self._noted:  # it came just before
                 self.check()
                 self._prompting = True
-            return read(text)
+            line = read(text)
+            if self._raised is not None:  # input() dropped it
+                raise self._raised
+            return line
         except SystemError:  # a second signal came while input() passed the first one on
             if self._raised is None:
                 raise
@@ -3053,16 +3136,28 @@ def _failures_named(action, path):
         message = f"cannot {action} {utf8_argument(path)}: {os_reason(error)}"
         raise UsageError(message) from error
 
+def check_regular(path):
+    """Raise UsageError where *path* is not a regular file: a pipe would keep us waiting."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"cannot read {utf8_argument(path)}: it is not a regular file")
+
+def _read_bytes(path, count):
+    with open(path, "rb") as file:
+        return file.read(count)
+
 def read_file(path, limit=None):
-    """Return the bytes of the file *path*.
+    """Return the bytes of the file *path*; a signal ends the wait for a pipe.
 
     Raise UsageError where it cannot be read or is larger than *limit* bytes.
     """
-    with _failures_named("read", path), open(path, "rb") as file:
-        if limit is None:
-            return file.read()
-        data = file.read(limit + 1)
-    if len(data) > limit:
+    count = -1 if limit is None else limit + 1
+    read = functools.partial(_read_bytes, path, count)
+    with _failures_named("read", path):
+        if Waiter.watching and not os.path.isfile(path):
+            data = Waiter.watching.run_in_thread(read, None)
+        else:
+            data = read()
+    if limit is not None and len(data) > limit:
         raise UsageError(f"{utf8_argument(path)} is larger than {limit >> 20} MiB")
     return data
 
@@ -3108,7 +3203,8 @@ def _try_lock(descriptor, seconds):
     except BlockingIOError:
         wait = functools.partial(flock, descriptor, LOCK_EX)
         with contextlib.suppress(OSError):  # it takes too long
-            Waiter().run_in_thread(wait, seconds)  # without signals: no write ends half done
+            # This Waiter watches no signals, so Ctrl+C cannot interrupt the write.
+            Waiter().run_in_thread(wait, seconds)
             return True
         return False
     except (ImportError, OSError):  # no locks here
@@ -3119,8 +3215,8 @@ def _try_lock(descriptor, seconds):
 def locked(path, seconds=LOCK_SECONDS):
     """Hold the lock of the file or folder *path* against other processes of xeroctl.
 
-    Yield False if another process still holds it after *seconds*: go on without it then.  Yield
-    True without a lock where there are none (not POSIX, some network file systems).
+    Yield False if another process still holds it after *seconds*.  Yield True without a lock
+    where there are none (not POSIX, some network file systems).
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -3139,7 +3235,7 @@ def _history_lines(path):
     if not os.path.exists(path):
         return []
     if not os.path.isfile(path):
-        raise UsageError(f"{utf8_argument(path)} is no regular file")
+        raise UsageError(f"{utf8_argument(path)} is not a regular file")
     with open(path, "rb") as file:
         return file.readlines()
 
@@ -3168,8 +3264,8 @@ def _append_line(path, lines, line):
 def append_history(path, entry):
     """Add *entry* to the history file *path* and drop the oldest entries over its limits.
 
-    Return False where another process kept the lock and it was done without.  Raise UsageError
-    where it cannot be written.
+    Return False where another process held the lock and the entry was written without it.  Raise
+    UsageError where it cannot be written.
     """
     folder = os.path.dirname(path)
     line = json.dumps(entry).encode("ascii") + b"\n"
@@ -3189,10 +3285,9 @@ _CONVERSATION_NAME = re.compile(r"(\d{8}T\d{6}Z)-(\d+)(-\d+)?\.json\Z")
 def read_conversation(path):
     """Return (what parse_conversation() returns, bytes) of the regular file *path*.
 
-    Raise UsageError where it is no conversation.
+    Raise UsageError where it is not a conversation.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UsageError(f"cannot read {utf8_argument(path)}: it is no regular file")
+    check_regular(path)
     data = read_file(path, MAX_CONVERSATION_BYTES)
     try:
         return parse_conversation(decode_prompt(data, "it")), data
@@ -3224,9 +3319,9 @@ def _free_path(started):
     return path
 
 def claim_conversation(path):
-    """Rename the file *path* in the state folder after our process, and return its new path.
+    """Put our process id into the file name *path* in the state folder; return the new path.
 
-    Return None where the process in its name may still run: the conversation is that one's.
+    Return None where the process in its name may still run: that process owns the conversation.
     """
     started, process = _CONVERSATION_NAME.match(os.path.basename(path)).groups()[:2]
     try:
@@ -3252,8 +3347,9 @@ class ConversationStore:
         self.path = path  # of the conversation; None: choose one in the state folder
         self.named = path is not None and os.path.dirname(path) != state_path("conversations")
         self.uses_state = uses_state
-        self.saved = False  # something of this chat was written
-        self._data = data  # that the file held when we last read or wrote it; None: it is missing
+        self.saved = False  # this chat wrote something
+        self._told_lock = False
+        self._data = data  # of the file when we last read or wrote it; None: it is missing
         self._console = console
 
     def save(self, conversation, endpoint, model):
@@ -3262,14 +3358,25 @@ class ConversationStore:
             return
         if self._data is None and not conversation.last_answer():
             return
-        text = build_document(conversation, endpoint, model, utc_stamp(time.time()))
         try:
             if self.path is None:
                 self._start_file()
-            self._write(text)
+            self.write(conversation, endpoint, model)
         except UsageError as error:
             self._leave_file(error)
             self.save(conversation, endpoint, model)
+
+    def claim(self):
+        """Make the file of --continue ours, or go on in a copy where another chat has it."""
+        if self.path:
+            self.path = claim_conversation(self.path)
+            if self.path is None:
+                self._console.note(
+                    "another chat still uses this conversation: a copy is continued")
+
+    def keeps(self, path):
+        """Return whether the conversation is kept in the file *path*."""
+        return self.path is not None and os.path.realpath(path) == os.path.realpath(self.path)
 
     def begin_new(self, conversation, endpoint, model):
         """End this conversation: the next save begins a new file, or replaces the named one.
@@ -3292,19 +3399,28 @@ class ConversationStore:
             with contextlib.suppress(OSError):
                 os.unlink(old)
 
-    def _write(self, text):
-        with locked(os.path.dirname(os.path.realpath(self.path))):
-            exists = os.path.lexists(self.path)
-            if exists and (self._data is None or read_file(self.path) != self._data):
-                raise UsageError(f"another process changed {utf8_argument(self.path)}")
+    def write(self, conversation, endpoint, model):
+        """Write *conversation* to the file; raise UsageError where another process changed it."""
+        text = conversation_json(conversation, endpoint, model, utc_stamp(time.time()))
+        shown = utf8_argument(self.path)
+        with locked(os.path.dirname(os.path.realpath(self.path))) as is_locked:
+            if os.path.lexists(self.path) and not self._is_unchanged():
+                raise UsageError(f"another process changed {shown}")
             write_private(self.path, text)
         self._data = text.encode("utf-8", "replace")
         self.saved = True
+        if not is_locked and not self._told_lock:
+            self._told_lock = True
+            self._console.note(f"another process holds the lock of {shown}: "
+                               "it is written without")
+
+    def _is_unchanged(self):
+        return os.path.isfile(self.path) and read_file(self.path) == self._data
 
     def _leave_file(self, reason):
-        """Go on in the state folder after the named file; after that, keep nothing."""
+        """Give up the named file for the state folder; if that fails too, stop saving."""
         self.uses_state = self.uses_state and self.named
-        outcome = "the conversation is not kept, and lost at the end"
+        outcome = "the conversation is not kept and will be lost"
         if self.uses_state:
             outcome = "the conversation is kept in the state folder from here on"
         self.path = self._data = None
@@ -3342,12 +3458,14 @@ def read_config():
 def change_config():
     """Yield the Config of the config file as a Namespace, then write what was changed in it.
 
-    Raise UsageError where the file cannot be read or written.
+    Raise UsageError where the file cannot be read or written, or another process keeps its lock.
     """
     path = config_path()
     folder = os.path.dirname(path)
     make_private_folder(folder)
-    with locked(folder, CONFIG_LOCK_SECONDS):  # not the file, since it is replaced
+    with locked(folder, CONFIG_LOCK_SECONDS) as is_locked:  # not the file, since it is replaced
+        if not is_locked:
+            raise UsageError(f"another process is changing {utf8_argument(path)}: try again")
         mark, text = read_config_text(path)
         config = argparse.Namespace(**parse_config(text, utf8_argument(path))._asdict())
         yield config
@@ -3410,7 +3528,7 @@ Attachment = namedtuple("Attachment", [
     "note",  # sentence for the user, or None
 ])
 
-# The first bytes of what servers take as parts, and its media type.
+# The first bytes of files that servers take as parts, and their media types.
 MEDIA_TYPES = (
     (rb"\x89PNG\r\n\x1a\n", "image/png"),
     (rb"\xff\xd8\xff", "image/jpeg"),
@@ -3455,9 +3573,11 @@ def parse_attachment(name, shown, data):
         note = f"{shown} is not UTF-8: {plural(replaced, 'byte')} replaced"
     return Attachment(name, len(data), text, None, note)
 
-def read_attachment(path):
+def read_attachment(path, takes_pipe=True):
     """Return the Attachment for the file *path*, or raise UnusableInputError."""
     try:
+        if not takes_pipe:
+            check_regular(path)
         data = read_file(path, MAX_ATTACHMENT_BYTES)
     except UsageError as error:
         raise UnusableInputError(str(error)) from error
@@ -3497,40 +3617,36 @@ Route = namedtuple("Route", [
     "url",
     "host",
     "port",
-    "tls",      # True for https
-    "proxy",    # the proxy's URL as urlsplit returns it, or None
-    "speaker",  # who answers us, for messages: the server, or a proxy for http://
-    "via",      # " through the proxy HOST:PORT", or ""
+    "tls",    # True for https
+    "proxy",  # the proxy's URL as urlsplit returns it, or None
+    "peer",   # who answers us, for messages: the server, or a proxy for http://
+    "via",    # " through the proxy HOST:PORT", or ""
 ])
 
 class ConnectLog:
-    """What is done on the way to an answer: the steps of connecting, and lines for --verbose.
+    """Is told what is done on the way to an answer; shows it on *console* with --verbose."""
 
-    *trace* is None, or is called with each line.
-    """
-
-    def __init__(self, trace=None):
-        self.steps = []
-        self.sent_at = None  # monotonic time at which the newest try began
-        self.trace = trace
-        self._since = time.monotonic()
+    def __init__(self, console=None):
+        self.try_started_at = None  # monotonic time at which the newest try began
+        self.is_shown = console is not None and console.verbose
+        self._console = console
 
     def show_lines(self, mark, lines):
-        """Show *lines* of --verbose, each after *mark* and a blank."""
+        """Show *lines*, each after *mark* and a blank, without the credentials in headers."""
+        if not self.is_shown:
+            return
         for line in lines:
-            if self.trace:
-                self.trace(f"{mark} {line}")
+            header = re.match(r"(([\w-]+): (\w+ )?)(.*)", line)
+            if header and is_secret_name(header.group(2)) and not header.group(4).isdigit():
+                line = header.group(1) + "***"  # a number is a rate limit
+            self._console.trace(f"{mark} {line}")
 
     def add_step(self, name, sentence, **facts):
-        """Note that the step *name* ended now, and show its *sentence*."""
-        now = time.monotonic()
-        self.add(ConnectStep(name, now - self._since, sentence, facts))
-        self._since = now
-        self.show_lines("*", [sentence])
+        """Note that the step *name* of connecting ended now; *facts* are what is known from it.
 
-    def add(self, step):
-        """Keep the ConnectStep *step*."""
-        self.steps.append(step)
+        The names are "name", "connection" and "tls".
+        """
+        self.show_lines("*", [sentence])
 
 def is_in_network(host, network):
     """Return True if *host* is an IP address inside *network*, an address or CIDR block."""
@@ -3569,7 +3685,7 @@ def bypasses_proxy(host, port, no_proxy):
 def find_proxy(url):
     """Return the proxy that the environment names for *url*, as urlsplit returns it, or None.
 
-    This machine needs none.  Raise UsageError for a proxy that does not speak plain HTTP.
+    Loopback hosts bypass the proxy.  Raise UsageError for a proxy that is not plain HTTP.
     """
     from urllib.parse import urlsplit
     from urllib.request import getproxies, proxy_bypass
@@ -3585,7 +3701,8 @@ def find_proxy(url):
         return None
     try:
         parts = urlsplit(proxy if "://" in proxy else "http://" + proxy)
-        usable = parts.scheme == "http" and re.match(r"[!-~]+\Z", parts.netloc) and parts.port != 0
+        usable = parts.scheme == "http" and re.match(r"[!-~]+(?<!:)\Z", parts.netloc)
+        usable = usable and parts.port != 0
     except ValueError:
         usable = False
     if not usable or not parts.hostname:
@@ -3603,14 +3720,14 @@ def find_route(url):
 
     scheme, host, port = origin(url)
     proxy = find_proxy(url)
-    speaker = urlsplit(url).netloc
+    peer = urlsplit(url).netloc
     via = ""
     if proxy:
         place = proxy_name(proxy)
         via = " through " + place
         if scheme == "http":
-            speaker = place
-    return Route(url, host, port, scheme == "https", proxy, speaker, via)
+            peer = place
+    return Route(url, host, port, scheme == "https", proxy, peer, via)
 
 def proxy_authorization(proxy):
     """Return the value of the header Proxy-Authorization, or None where no user is given."""
@@ -3671,29 +3788,30 @@ def tls_error(error, place, seconds):
         message += ": for an authority of your own give --cacert FILE or set SSL_CERT_FILE"
     return NetworkError(message)
 
-def lost_error(error, place, seconds):
-    """Return the NetworkError for *error*, raised before any byte of an answer from *place*."""
+def response_error(error, peer, seconds, decoder=None):
+    """Return the XeroctlError for *error*, an OSError or WireError on the way to a response.
+
+    *decoder* is the ResponseDecoder, *seconds* the limit for silence.
+    """
     import socket
 
     if isinstance(error, socket.timeout):
-        return NetworkError(f"{place} sent nothing for {seconds:g} s: see --timeout")
-    broken = isinstance(error, (ConnectionError, IncompleteError))
-    return NetworkError(f"{place} closed the connection without an answer", retryable=broken)
+        return NetworkError(f"{peer} sent nothing for {seconds:g} s: see --timeout")
+    is_incomplete = isinstance(error, IncompleteError)
+    is_broken = isinstance(error, ConnectionError)
+    if isinstance(error, WireError) and not is_incomplete:
+        return ServerError(f"{peer} does not speak HTTP: {error}")
+    if is_incomplete and decoder.head is not None:
+        return CutShortError(f"the reply was cut short: {peer} {error}")
+    if is_broken and decoder is not None and decoder.has_body:
+        return CutShortError(f"the reply was cut short: {peer} closed the connection",
+                             retryable=True)
+    return NetworkError(f"{peer} closed the connection without an answer",
+                        retryable=is_incomplete or is_broken)
 
 def is_tls_wait(error):
     """Return True if *error* is TLS's way to say that it has to wait for the network."""
     return type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError")
-
-def redact_head(data):
-    """Return the lines of a request's bytes *data*, without its credentials."""
-    text = data.decode("utf-8", "replace").replace("\r\n", "\n").rstrip("\n")
-    lines = []
-    for line in text.split("\n"):
-        header = re.match(r"([\w-]+): (\w+ )?", line)
-        if header and is_secret_name(header.group(1)):
-            line = header.group() + "***"
-        lines.append(line)
-    return lines
 
 class Stream:
     """A connected socket, plain or TLS, that never blocks: each wait goes through a Waiter.
@@ -3780,8 +3898,9 @@ class Stream:
 
         Raise OSError.
         """
-        if self.log.trace:
-            self.log.show_lines(">", redact_head(data))
+        if self.log.is_shown:
+            text = data.decode("utf-8", "replace").replace("\r\n", "\n").rstrip("\n")
+            self.log.show_lines(">", text.split("\n"))
         rest = memoryview(data)
         while rest and not self._early:
             try:
@@ -3807,10 +3926,8 @@ class Stream:
             self._waiter.wait([], ours, self.timeout)
 
     def _has_answer(self):
-        try:
+        with contextlib.suppress(OSError):
             self._early = self.receive_now() or b""
-        except OSError:
-            pass
         return bool(self._early)
 
 def resolve(host, port, waiter, seconds):
@@ -3863,7 +3980,7 @@ def connect_socket(addresses, waiter, deadline):
             failure = error
     raise failure
 
-def read_tunnel_head(stream, deadline):
+def read_tunnel_head(stream, decoder, deadline):
     """Send CONNECT for the host of the route of *stream*; return the proxy's ResponseHead."""
     route = stream.route
     host = f"[{route.host}]" if ":" in route.host else route.host
@@ -3873,7 +3990,6 @@ def read_tunnel_head(stream, deadline):
     if authorization:
         lines.append("Proxy-Authorization: " + authorization)
     stream.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("ascii"))
-    decoder = ResponseDecoder("CONNECT")
     while decoder.head is None:
         data = stream.receive(deadline)
         decoder.feed(data)
@@ -3890,14 +4006,13 @@ def open_tunnel(stream, seconds, deadline):
     import socket
 
     place = proxy_name(stream.route.proxy)
+    decoder = ResponseDecoder("CONNECT")
     try:
-        head = read_tunnel_head(stream, deadline)
+        head = read_tunnel_head(stream, decoder, deadline)
     except socket.timeout as error:
         raise connect_error(error, place, seconds) from error
-    except (OSError, IncompleteError) as error:
-        raise lost_error(error, place, seconds) from error
-    except WireError as error:
-        raise ServerError(f"{place} does not speak HTTP: {error}") from error
+    except (OSError, WireError) as error:
+        raise response_error(error, place, seconds, decoder) from error
     if 200 <= head.status <= 299:
         return
     message = f"{place} does not connect us: HTTP {head.status} {head.reason}".rstrip()
@@ -3907,11 +4022,15 @@ def open_tunnel(stream, seconds, deadline):
     raise NetworkError(message, head.status, retryable=is_retryable_status(head.status))
 
 def start_tls(sock, host, context, waiter, deadline):
-    """Return *sock* wrapped in TLS with *host*; raise OSError or ssl.CertificateError."""
+    """Return *sock* wrapped in TLS with *host*.
+
+    Raise OSError or ssl.CertificateError, with the socket closed.
+    """
     import socket
 
-    wrapped = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+    wrapped = sock
     try:
+        wrapped = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
         while True:
             try:
                 wrapped.do_handshake()
@@ -3939,7 +4058,7 @@ def open_stream(route, settings, waiter, log):
     seconds = settings.connect_timeout
     deadline = time.monotonic() + seconds
     context = tls_context(settings.cacert) if route.tls else None
-    host, port, place = route.host, route.port, route.speaker
+    host, port, place = route.host, route.port, route.peer
     if route.proxy:
         host, port, place = route.proxy.hostname, route.proxy.port or 80, proxy_name(route.proxy)
     try:
@@ -3957,7 +4076,7 @@ def open_stream(route, settings, waiter, log):
             open_tunnel(Stream(sock, waiter, route, seconds, log), seconds, deadline)
         sock = start_tls(sock, route.host, context, waiter, deadline)
     except (OSError, ValueError) as error:  # CertificateError is a ValueError before Python 3.7
-        raise tls_error(error, route.speaker, seconds) from error
+        raise tls_error(error, route.peer, seconds) from error
     except BaseException:
         sock.close()
         raise
@@ -3975,7 +4094,6 @@ class Response:
         self._stream = stream.makefile("rb")
         self._decoder = ResponseDecoder(method)
         self._body = b""  # that came with the head
-        self._started = False  # some of the body came
         self.context = None  # ErrorContext, set by open_response
 
     def begin(self):
@@ -3984,8 +4102,9 @@ class Response:
         Raise NetworkError where none comes, ServerError where it is not HTTP.
         """
         deadline = time.monotonic() + self._stream.timeout
-        while self.head is None:
-            self._body += self._receive(deadline)
+        with self._naming_peer():
+            while self.head is None:
+                self._body += self._receive(deadline)
         self.reason = self.head.reason  # urllib.request asks for it
 
     @property
@@ -4000,11 +4119,11 @@ class Response:
         timeout, or up to the monotonic time *deadline*.
         """
         body, self._body = self._body, b""
-        if not body:
-            body = self._decode(b"")  # where the bytes before were broken, this says so
-        while not body and not self._decoder.complete:
-            body = self._receive(deadline)
-        self._started = self._started or bool(body)
+        with self._naming_peer():
+            if not body:
+                body = self._decoder.feed(b"")  # raises where the bytes before were broken
+            while not body and not self._decoder.complete:
+                body = self._receive(deadline)
         return body
 
     def close(self):
@@ -4012,31 +4131,18 @@ class Response:
         self._stream.close()
 
     def _receive(self, deadline):
-        speaker = self._stream.route.speaker
-        try:
-            data = self._stream.receive(deadline)
-        except OSError as error:
-            broken = isinstance(error, ConnectionError)
-            if not broken or not self._started:
-                raise lost_error(error, speaker, self._stream.timeout) from error
-            raise CutShortError(f"the reply was cut short: {speaker} closed the connection",
-                                retryable=True) from error
-        return self._decode(data, closed=not data)
+        data = self._stream.receive(deadline)
+        if not data:
+            self._decoder.finish()
+        return self._decoder.feed(data)
 
-    def _decode(self, data, closed=False):
+    @contextlib.contextmanager
+    def _naming_peer(self):
         try:
-            if closed:
-                self._decoder.finish()
-            return self._decoder.feed(data)
-        except WireError as error:
-            raise self._wire_error(error, self._stream.route.speaker) from error
-
-    def _wire_error(self, error, speaker):
-        if self.head is not None:
-            return CutShortError(f"the reply was cut short: {speaker} closed the connection")
-        if isinstance(error, IncompleteError):
-            return lost_error(error, speaker, self._stream.timeout)
-        return ServerError(f"{speaker} does not speak HTTP: {error}")
+            yield
+        except (OSError, WireError) as error:
+            raise response_error(error, self._stream.route.peer, self._stream.timeout,
+                                 self._decoder) from error
 
 @functools.lru_cache(maxsize=None)
 def build_opener():
@@ -4085,7 +4191,7 @@ def send_request(request, route, settings, waiter, log):
     try:
         return build_opener().open(outgoing, timeout=settings.timeout)
     except urllib.error.URLError as error:
-        raise lost_error(error.reason, route.speaker, settings.timeout) from error
+        raise response_error(error.reason, route.peer, settings.timeout) from error
 
 class Recorder:
     """Stands in for a socket and keeps what is sent."""
@@ -4159,10 +4265,22 @@ def open_response(request, settings, waiter, log):
 PIPE_BYTES = 4096  # what a pipe that is ready takes without blocking (POSIX's PIPE_BUF is less)
 DIM, RED, BOLD, RESET = "\x1b[2m", "\x1b[31m", "\x1b[1m", "\x1b[0m"
 
+def write_piece(descriptor, data, waiter):
+    """Write the beginning of the memoryview *data* and return the rest.
+
+    Raise OSError where that fails, and as Waiter.wait() does.
+    """
+    if os.name == "posix":
+        waiter.wait([], [descriptor])
+    try:
+        return data[os.write(descriptor, data[:PIPE_BYTES]):]
+    except BlockingIOError:  # another process made it non-blocking
+        return data
+
 class Output:
     """Standard output or standard error: UTF-8 for a pipe, what it can show for a terminal.
 
-    It keeps nothing back, so that there is nothing to flush when the reader has gone.
+    It is unbuffered: there is nothing to flush when the reader has gone.
     """
 
     def __init__(self, stream, environ, waiter):
@@ -4170,6 +4288,7 @@ class Output:
         if stream:
             self._fd = stream.fileno()
         self._waiter = waiter
+        self._has_status = False
         self.is_terminal = bool(stream) and stream.isatty()
         self._console = None
         if self.is_terminal and os.name != "posix":  # a Windows console has a code page
@@ -4197,16 +4316,25 @@ class Output:
             if self._console:
                 rest = rest[self._console.write(rest):]
                 continue
-            if os.name == "posix":
-                self._waiter.wait([], [self._fd])
-            with contextlib.suppress(BlockingIOError):  # another process made it non-blocking
-                rest = rest[os.write(self._fd, rest[:PIPE_BYTES]):]
+            rest = write_piece(self._fd, rest, self._waiter)
 
     def draw(self, text):
         """Write a few bytes of *text* from any thread, if the terminal takes them now."""
         with contextlib.suppress(OSError):
             if self.is_ready():
                 os.write(self._fd, text.encode(self._encoding, "replace"))
+
+    def draw_status(self, text):
+        """Draw *text* over the current line, from any thread, if the terminal is ours."""
+        if self.in_foreground():
+            self._has_status = True
+            self.draw(f"\r{truncate(text, self.width() - 1)}\x1b[K")
+
+    def erase_status(self):
+        """Erase what draw_status() has drawn."""
+        if self._has_status:
+            self._has_status = False
+            self.draw("\r\x1b[K")
 
     def is_ready(self):
         """Return True if a few bytes can be written without a wait."""
@@ -4236,7 +4364,6 @@ class Spinner:
         self._started = time.monotonic()
         self._thread = None
         self._stopped = None
-        self._drawn = False
         self.say(label)
 
     def say(self, label, until=None):
@@ -4260,18 +4387,13 @@ class Spinner:
             self._stopped.set()
             self._thread.join(1)  # a stopped terminal may hold it
             self._thread = None
-        if self._drawn:
-            self._output.draw("\r\x1b[K")
-            self._drawn = False
+            self._output.erase_status()
 
     def _run(self):
         for frame in itertools.cycle("|/-\\"):
             if self._stopped.wait(0.1):
                 return
-            if self._output.in_foreground():
-                self._drawn = True
-                line = truncate(f"{frame} {self._describe()}", self._output.width() - 1)
-                self._output.draw(f"\r{line}\x1b[K")
+            self._output.draw_status(f"{frame} {self._describe()}")
 
     def _describe(self):
         label, until = self._label
@@ -4340,10 +4462,13 @@ class Console:
                 return b"".join(pieces)
             pieces.append(data)
 
-    def read_line(self, prompt):
-        """Return the next line typed, without its end; raise EOFError at the end of the input."""
+    def read_line(self, prompt, suspend=None):
+        """Return the next line typed, without its end; raise EOFError at the end of the input.
+
+        Ctrl+Z calls *suspend* in place of the waiter's.
+        """
         if self.stdin_is_terminal() and self.out.is_terminal:
-            return self._read_typed(input, prompt)
+            return self._read_typed(input, prompt, suspend or self.waiter.suspend)
         with contextlib.suppress(OSError):  # the prompt is no part of the answer
             self.err.write(prompt)
         return self.read_piped_line().decode("utf-8", "replace").rstrip("\n")
@@ -4354,17 +4479,20 @@ class Console:
             return self.read_piped_line().decode("utf-8", "replace").strip()
         from getpass import getpass
 
-        return self._read_typed(getpass, prompt).strip()
+        try:
+            return self._read_typed(getpass, prompt, self.waiter.suspend).strip()
+        except UnusableInputError as error:
+            raise UsageError(str(error)) from error
 
-    def _read_typed(self, read, prompt):
+    def _read_typed(self, read, prompt, suspend):
         self.stop_spinner()
         while True:
             try:
                 return self.waiter.prompt(read, prompt)
             except Suspended:
-                self.waiter.suspend()
+                suspend()
             except UnicodeDecodeError:
-                raise UsageError(
+                raise UnusableInputError(
                     "what was typed is not text in the terminal's encoding") from None
 
     def read_piped_line(self):
@@ -4476,7 +4604,8 @@ class Console:
             for line in error.body.split("\n"):
                 self.trace("< " + line.rstrip("\r"))
         if self.json:
-            fields = {name: value for name, value in vars(error).items() if name != "body"}
+            fields = dict(vars(error))
+            del fields["body"], fields["reason"]
             self._print_object(kind=error.kind, message=str(error), **fields)
             return
         word = "error"
@@ -4539,17 +4668,15 @@ def receive_json(request, settings, waiter, log):
             if not piece:
                 return parse_reply(bytes(data), response.context)
             data += piece
-            if len(data) > MAX_REPLY_BYTES:
-                raise ServerError(f"the reply is over {MAX_REPLY_BYTES >> 20} MiB")
+            check_reply_size(len(data))
 
-def stream_once(request, settings, console, log=None):
+def stream_once(request, settings, console, log):
     """Send *request* once and yield the Chunks of the answer as they arrive.
 
     A reply that is not streamed is one Chunk.  Raise the error that the reply holds, after the
     Chunks before it.
     """
-    log = log or ConnectLog(console.verbose and console.trace)
-    log.sent_at = time.monotonic()
+    log.try_started_at = time.monotonic()
     with open_response(request, settings, console.waiter, log) as response:
         check_status(response, settings)
         decoder = AnswerDecoder(request.streamed, response.head, response.context)
@@ -4578,21 +4705,18 @@ def pause_before_retry(error, attempt, settings, console):
     """Wait before another try after *error*, the *attempt*th; raise it if there is to be none."""
     from random import random
 
-    if not error.retryable or attempt > settings.retries:
-        raise error
-    if error.retry_after is not None and error.retry_after > MAX_RETRY_DELAY_SECONDS:
+    if attempt > settings.retries or not is_retryable_now(error):
         raise error
     seconds = retry_delay(attempt, error.retry_after, random())
-    reason = str(error).partition(": ")[0]  # without the advice
     if not console.err.styled:
-        console.note(f"{reason}, trying again in {max(seconds, 0.1):.1f} s")
-    with console.spinner(reason):
-        console.label_spinner(reason + ", trying again", time.monotonic() + seconds)
+        console.note(f"{error.reason}, trying again in {max(seconds, 0.1):.1f} s")
+    with console.spinner(error.reason):
+        console.label_spinner(error.reason + ", trying again", time.monotonic() + seconds)
         console.waiter.pause(seconds)
 
 def request_json(request, settings, console, log=None):
     """Send *request* and return the JSON document that answers it; retry where that may help."""
-    log = log or ConnectLog(console.verbose and console.trace)
+    log = log or ConnectLog(console)
     for attempt in itertools.count(1):
         try:
             with console.spinner("waiting"):
@@ -4612,12 +4736,12 @@ def read_first_chunks(chunks, console):
             break
     return first
 
-def stream_answer(request, settings, console, log=None):
+def stream_answer(request, settings, console, log):
     """Send *request* and yield the Chunks of the answer; retry where that may help.
 
-    *log* is a ConnectLog, for the time at which the try that answered was sent.  There is no
-    retry once a token came.  A spinner shows until something is written.  Where the
-    server refuses stream_options, it is asked once more without them.
+    The ConnectLog *log* keeps when the newest try began.  There is no retry once a token came.
+    A spinner shows until something is written.  A server that refuses stream_options is asked
+    once more without them.
     """
     attempt = 1
     try:
@@ -4650,14 +4774,16 @@ class TextView:
     """Show an answer as text, as it comes; a whole answer in a pipe is one write.
 
     The text is styled as Markdown, with the <think> part dim, unless *plain*.  With
-    *shows_reasoning* all reasoning goes to stderr instead.
+    *shows_reasoning* all reasoning goes to stderr instead.  Without *shows_thought*, the <think>
+    part is not on stdout.
     """
 
-    def __init__(self, console, streamed, plain, shows_reasoning):
+    def __init__(self, console, streamed, plain, shows_reasoning, shows_thought):
         self.started = False  # there is something to show
         self._console = console
         self._streamed = streamed
         self._shows_reasoning = shows_reasoning
+        self._shows_thought = shows_thought and not shows_reasoning
         self._splitter = ThoughtSplitter()
         self._styler = None
         if not plain:
@@ -4688,14 +4814,14 @@ class TextView:
         self._write(text)
 
     def _show(self, thought, answer):
+        if self._shows_thought:
+            self._show_text(thought, True)
+        elif not self.started:
+            answer = answer.lstrip("\n")  # the blank line after the reasoning
         if self._shows_reasoning:
             self._show_reasoning(thought.replace(THINK_START, "").replace(THINK_END, ""))
             if answer:
                 self._end_reasoning()
-            if not self.started:
-                answer = answer.lstrip("\n")  # the blank line after the reasoning
-        else:
-            self._show_text(thought, True)
         self._show_text(answer, False)
 
     def _show_text(self, text, is_thought):
@@ -4772,26 +4898,26 @@ class JsonView:
             self._lines = []
             show_json(self._document, self._console)
 
-def build_view(console, streamed, plain=False, show_reasoning=False):
+def build_view(console, streamed, plain=False, show_reasoning=False, show_thought=True):
     """Return the view for an answer; *plain* turns styles and wrapping off."""
     if console.json:
         return JsonView(console, streamed)
-    return TextView(console, streamed, plain or console.out.dumb, show_reasoning)
+    return TextView(console, streamed, plain or console.out.dumb, show_reasoning, show_thought)
 
 def receive_answer(request, settings, console, reply, show=None):
     """Send *request*, add each Chunk of the answer to *reply*, and call *show* with it.
 
     Set the seconds that the answer took, and those until its first token, in *reply*.
     """
-    log = ConnectLog(console.trace)
+    log = ConnectLog(console)
     with contextlib.closing(stream_answer(request, settings, console, log)) as chunks:
         for chunk in chunks:
             reply.add(chunk)
             if show:
                 show(chunk)
-    reply.seconds = time.monotonic() - log.sent_at
+    reply.seconds = time.monotonic() - log.try_started_at
     if reply.first_at is not None:
-        reply.first_seconds = reply.first_at - log.sent_at
+        reply.first_seconds = reply.first_at - log.try_started_at
 
 def show_answer(request, settings, console, view, reply):
     """Send *request*, show the answer in *view* as it comes and add it to *reply*.
@@ -4805,7 +4931,7 @@ def show_answer(request, settings, console, view, reply):
         view.finish()
         reply.check_answer()
     except BaseException as error:
-        # At a signal a newline is not worth the wait for a reader that has stopped.
+        # On a signal, write the newline only if stdout would not block.
         if view.started and (isinstance(error, Exception) or console.out.is_ready()):
             with contextlib.suppress(OSError, OutputError):  # what happened first counts
                 view.finish()
@@ -4896,8 +5022,11 @@ def answer_demo(method, target, body):
     path, _, query = target.partition("?")
     path = path.partition("/v1")[2]
     if path == CHAT_PATH and method == "POST":
+        limit = body.get("max_tokens")
+        if limit is not None and not (get_field(body, "max_tokens", int) and limit > 0):
+            return 400, {"error": {"message": "max_tokens must be a whole number of at least 1"}}
         metadata = body.get("metadata") or {}
-        return 200, _demo_completion(body["messages"], metadata, body.get("max_tokens"))
+        return 200, _demo_completion(body["messages"], metadata, limit)
     sample = _demo_completion([DEMO_QUESTION], DEMO_TAGS)
     sample_path = CHAT_PATH + "/" + sample["id"]
     if path == sample_path and method == "DELETE":
@@ -4931,7 +5060,7 @@ def demo_endpoint():
             body = json.loads(self.rfile.read(length).decode() or "{}")
             status, document = answer_demo(self.command, self.path, body)
             self.send_response(status)
-            if not body.get("stream"):
+            if status != 200 or not body.get("stream"):
                 self.send_header("Content-Type", "application/json")
                 self.end_headers()
                 self.wfile.write(json.dumps(document).encode())
@@ -4963,22 +5092,14 @@ def demo_endpoint():
         finally:
             ended.set()
             server.shutdown()
+
 # -- Chat -------------------------------------------------------------------------------------
 
-MAX_COPY_BYTES = 74000  # in base64 about 100,000, what terminals take
+MAX_COPY_BYTES = 74000  # about 100,000 in base64, the limit of terminals
 MAX_CANONICAL_BYTES = 4095  # of a line in a terminal's canonical mode; it drops the rest
 MODELS_SECONDS = 1
 MAX_LISTED_CONVERSATIONS = 10
 CONTEXT_FULL = re.compile(r"context|too (long|many tokens)", re.IGNORECASE)
-
-SETTABLE = {  # name -> (type, lowest, highest): the ranges of the options
-    "max_tokens": (int, 1, MAX_NUMBER),
-    "temperature": (float, 0, 2),
-    "top_p": (float, 0, 1),
-    "frequency_penalty": (float, -2, 2),
-    "presence_penalty": (float, -2, 2),
-    "seed": (int, -MAX_NUMBER, MAX_NUMBER),
-}
 
 ChatCommand = namedtuple("ChatCommand", "name argument summary")  # done by Chat.do_NAME
 
@@ -4987,7 +5108,7 @@ CHAT_COMMANDS = (  # an argument in brackets may be left out
     ChatCommand("/clear", "", "begin anew, keep the system message"),
     ChatCommand("/system", "[TEXT]", "set the system message; - removes it"),
     ChatCommand("/save", "[FILE]", "save the conversation as JSON"),
-    ChatCommand("/load", "[FILE]", "take up a saved one; alone: list the last"),
+    ChatCommand("/load", "[FILE]", "load a saved one; alone: list the last"),
     ChatCommand("/show", "[N]", "show the last N turns (1)"),
     ChatCommand("/tokens", "", "show the session's token totals"),
     ChatCommand("/retry", "", "ask the last question again"),
@@ -5039,7 +5160,7 @@ class LineEditor:
         self._told_lock = False
         self._bold = "{}"
         self._original = None  # attributes of the terminal at the start
-        self._occasion = None
+        self._mode = None
         self.marks_pastes = False
         self._readline = None
         if console.out.is_terminal:
@@ -5052,7 +5173,7 @@ class LineEditor:
         try:
             import readline
             readline.set_auto_history(False)
-        except (ImportError, AttributeError):  # PyPy's is another one
+        except (ImportError, AttributeError):  # PyPy has a different one
             return
         self._readline = readline
         readline.set_completer_delims(" ")
@@ -5085,44 +5206,46 @@ class LineEditor:
         self._console.waiter.before_stop = None
         self._console.waiter.after_stop = None
 
-    def set_up(self, occasion):
-        """Set the modes for a "reply", a "prompt", or as they were at the start (None)."""
-        self._occasion = occasion
+    def set_terminal_mode(self, mode):
+        """Set the terminal for a "reply", for a "prompt", or as it was at the start (None)."""
+        self._mode = mode
         self._resume()
 
     def _restore(self):
         self._apply(None)
 
     def _resume(self):
-        self._apply(self._occasion)
+        self._apply(self._mode)
 
     def _quit(self, number, frame):
         self._restore()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    def _apply(self, occasion):
+    def _apply(self, mode):
         if not self._original or not self._console.err.in_foreground():
             return
         import termios
 
-        modes = self._original[:6] + [list(self._original[6])]
-        if occasion:  # the flush of Ctrl+C can take a key that readline was told of: it waits on
-            modes[3] |= termios.NOFLSH
-        if occasion == "reply":  # not at the prompt: readline echoes only where the terminal does
-            modes[3] &= ~termios.ECHO
-        if occasion and self._readline:  # as readline sets them
-            modes[0] &= ~(termios.ICRNL | termios.INLCR)
-            modes[3] &= ~(termios.ICANON | termios.IEXTEN)
-            modes[6][termios.VMIN] = 1
-            modes[6][termios.VTIME] = 0
+        attributes = self._original[:6] + [list(self._original[6])]
+        if mode:
+            # NOFLSH: otherwise Ctrl+C flushes a key that select already reported, and readline
+            # blocks.
+            attributes[3] |= termios.NOFLSH
+        if mode == "reply":  # not at the prompt: readline echoes only where the terminal does
+            attributes[3] &= ~termios.ECHO
+        if mode and self._readline:  # as readline sets them
+            attributes[0] &= ~(termios.ICRNL | termios.INLCR)
+            attributes[3] &= ~(termios.ICANON | termios.IEXTEN)
+            attributes[6][termios.VMIN] = 1
+            attributes[6][termios.VTIME] = 0
         with contextlib.suppress(termios.error):
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
-        if self.marks_pastes and occasion != "prompt":  # there readline does it
-            self._console.out.draw("\x1b[?2004h" if occasion else "\x1b[?2004l")
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, attributes)
+        if self.marks_pastes and mode != "prompt":  # there readline does it
+            self._console.out.draw("\x1b[?2004h" if mode else "\x1b[?2004l")
 
     def drop_keys(self):
-        """Forget the keys that wait, as a terminal does at Ctrl+C without NOFLSH."""
+        """Discard the keys not read yet, as a terminal does at Ctrl+C without NOFLSH."""
         if self._original:
             import termios
 
@@ -5134,9 +5257,11 @@ class LineEditor:
 
         Raise EOFError at the end of the input, Terminated where the terminal hung up.
         """
-        self.set_up("prompt")
+        self.set_terminal_mode("prompt")
+        if self._console.out.is_terminal:
+            prompt = self._bold.format(prompt)
         try:
-            line = utf8_argument(self._read_typed(prompt))
+            line = utf8_argument(self._console.read_line(prompt, self._suspend))
         except EOFError:
             if not self._console.stdin_is_terminal():  # it was closed
                 raise Terminated(getattr(signal, "SIGHUP", signal.SIGTERM)) from None
@@ -5156,19 +5281,10 @@ class LineEditor:
                                      "nothing was sent: /edit and /attach take more")
         return line
 
-    def _read_typed(self, prompt):
-        if not self._console.out.is_terminal:
-            return self._console.read_line(prompt)
-        while True:
-            try:
-                return self._console.waiter.prompt(input, self._bold.format(prompt))
-            except Suspended:
-                self._inserted = self._typed_so_far()
-                self._console.print_line("")
-                self._console.waiter.suspend()
-            except UnicodeDecodeError:
-                raise UnusableInputError(
-                    "what was typed is not text in the terminal's encoding") from None
+    def _suspend(self):
+        self._inserted = self._typed_so_far()
+        self._console.print_line("")
+        self._console.waiter.suspend()
 
     def _typed_so_far(self):
         if self._readline:
@@ -5176,7 +5292,7 @@ class LineEditor:
         return ""
 
     def remember(self, entry):
-        """Put *entry* into the history of this session and, unless led by a blank, on disk."""
+        """Put *entry* into this session's history and, unless it begins with a blank, on disk."""
         if entry == self._last_entry:
             return
         self._recall(entry)
@@ -5203,7 +5319,7 @@ class LineEditor:
         if encoding == "ascii":  # of the C locale before Python 3.7
             encoding = "utf-8"
         data = entry.replace("\0", "").encode(encoding, "replace")
-        self._readline.add_history(data.decode("ascii", "surrogateescape"))  # takes any bytes so
+        self._readline.add_history(data.decode("ascii", "surrogateescape"))  # so any bytes pass
 
     def _insert(self):
         inserted, self._inserted = self._inserted, ""
@@ -5272,13 +5388,14 @@ def parse_count(argument):
 
 def parse_setting(name, value):
     """Return the value of the sampling option *name* that the text *value* is."""
-    convert, low, high = SETTABLE[name]
-    with contextlib.suppress(ValueError):
-        number = convert(value)
-        if low <= number <= high:
-            return number
-    what = "a whole number" if convert is int else "a number"
-    raise UsageError(f"{name} must be {what} from {low} to {high}, not {value!r}")
+    try:
+        return parse_number(value, *SAMPLING_RANGES[name])
+    except ValueError as error:
+        raise UsageError(f"{name} must be {error}, not {value!r}") from error
+
+def is_yes(answer):
+    """Return whether the line *answer* says yes."""
+    return answer.strip().lower() in ("y", "yes")
 
 def system_prompt(options):
     """Return the text of --from-file, else of --system, else None."""
@@ -5292,7 +5409,7 @@ def system_prompt(options):
 def clipboard_sequence(data):
     """Return the escape sequence that puts the bytes *data* into a terminal's clipboard (OSC 52).
 
-    tmux passes it on in one of two ways, as it is set up: plain, or in a wrapping of its own.
+    tmux takes it plain or wrapped, depending on its settings: so both are sent.
     """
     from base64 import b64encode
 
@@ -5302,7 +5419,7 @@ def clipboard_sequence(data):
     return sequence
 
 def run_editor(editor, path, waiter):
-    """Return the exit status of the program *editor*; it gets every Ctrl+C meanwhile."""
+    """Return the exit status of the program *editor*; every Ctrl+C goes to it meanwhile."""
     import subprocess
     from shlex import split
 
@@ -5350,8 +5467,7 @@ def read_edited(text, console):
 def fetch_model_names(settings):
     """Return the names of the models behind the endpoint; none where it takes over a second."""
     settings = settings._replace(timeout=MODELS_SECONDS, connect_timeout=MODELS_SECONDS)
-    url = endpoint_url(settings.base_url, settings.endpoint, "/models")
-    request = build_request("GET", url, settings)
+    request = build_models_request(settings)
     fetch = functools.partial(receive_json, request, settings, Waiter(), ConnectLog())
     try:
         document = Waiter().run_in_thread(fetch, MODELS_SECONDS)
@@ -5380,7 +5496,7 @@ class Chat:
         self.model = options.model  # asked for, else the last that answered
         self.totals = Totals(0, 0, True)
         self.attachments = []  # go with the next message
-        self.status = EXIT_OK  # of a pipe's first failure
+        self.status = EXIT_OK  # exit status: of the first failure if input is piped
         self._options = options
         self._show_reasoning = options.show_reasoning
         self._last_prompt = None  # tokens
@@ -5406,7 +5522,7 @@ class Chat:
                     self._ask(question, self.conversation.messages)
                 else:
                     self._take_input()
-            except KeyboardInterrupt:  # also one that comes while another is dealt with
+            except KeyboardInterrupt:  # also one that comes while another is handled
                 if not self.typed:
                     raise
                 self.editor.drop_keys()
@@ -5511,8 +5627,8 @@ class Chat:
     def _ask(self, question, before):
         """Ask the message *question* after the messages *before*, and keep what comes of it.
 
-        With an answer, or a part of one, it is the newest turn.  Without, it stays unanswered; but
-        a question that has an answer already keeps that, also when a new one breaks off.
+        With an answer, or a part of one, it is the newest turn.  Without, it stays unanswered.
+        For /retry, an error keeps the old answer, and Ctrl+C keeps the new partial one.
         """
         conversation = self.conversation
         keeps_old = len(before) < len(conversation.messages)
@@ -5546,7 +5662,7 @@ class Chat:
 
     def _show_answer(self, messages, reply):
         if self.typed:
-            self.editor.set_up("reply")
+            self.editor.set_terminal_mode("reply")
         request = build_chat_request(self.sampling, self.settings, messages, True)
         view = build_view(self.console, True, self._options.plain, self._show_reasoning)
         show_answer(request, self.settings, self.console, view, reply)
@@ -5554,13 +5670,15 @@ class Chat:
 
     def _count(self, reply):
         prompt, completion, is_exact = self.totals
-        if reply.usage.prompt:
-            prompt += reply.usage.prompt
-            self._last_prompt = reply.usage.prompt
-        if reply.usage.completion is not None:
-            completion += reply.usage.completion
+        usage = reply.usage
+        if usage.prompt:
+            prompt += usage.prompt
+            self._last_prompt = usage.prompt
+        if usage.completion is not None:
+            completion += usage.completion
         elif reply.started:
             completion += reply.deltas
+        if reply.started and None in (usage.prompt, usage.completion):
             is_exact = False
         self.totals = Totals(prompt, completion, is_exact)
         self.model = self.sampling.model or reply.model or self.model
@@ -5571,6 +5689,14 @@ class Chat:
     def _end_conversation(self):
         self.store.begin_new(self.conversation, self.settings.endpoint, self.model)
         self._saved = None
+
+    def attach(self, path, takes_pipe=True):
+        """Add the file *path* to the next message; raise UnusableInputError where it cannot be."""
+        attachment = read_attachment(path, takes_pipe)
+        build_question("", self.attachments + [attachment])  # not too large together
+        self.attachments.append(attachment)
+        if attachment.note:
+            self.console.note(attachment.note)
 
     # Commands: CHAT_COMMANDS says what each of them does
 
@@ -5594,12 +5720,16 @@ class Chat:
             path = self._saved[0]
         else:
             path = native_path(argument)
-        if os.path.lexists(path) and not self._may_replace(path):
+        arguments = self.conversation, self.settings.endpoint, self.model
+        if self.store.keeps(path):
+            self.store.write(*arguments)
+            self._saved = path, None
+        elif os.path.lexists(path) and not self._may_replace(path):
             return
-        text = build_document(self.conversation, self.settings.endpoint, self.model,
-                              utc_stamp(time.time()))
-        write_private(path, text)
-        self._saved = path, text.encode("utf-8", "replace")
+        else:
+            text = conversation_json(*arguments, utc_stamp(time.time()))
+            write_private(path, text)
+            self._saved = path, text.encode("utf-8", "replace")
         self._print(f"saved {plural(self.conversation.count, 'message')} to {utf8_argument(path)}")
 
     def _may_replace(self, path):
@@ -5613,13 +5743,12 @@ class Chat:
             return True
         shown = utf8_argument(path)
         if get_field(document, "format", str) != CONVERSATION_FORMAT:
-            raise UsageError(f"{shown} is there, and no saved conversation: choose another name")
+            raise UsageError(f"{shown} exists and is not a saved conversation: choose another name")
         question = f"{shown} holds another conversation"
         if not self.typed:
             raise UsageError(f"{question}: choose another name")
         with contextlib.suppress(EOFError):
-            answer = self.editor.read(f"{question}. Write over it? [y/N] ")
-            return answer.strip().lower() in ("y", "yes")
+            return is_yes(self.editor.read(f"{question}. Write over it? [y/N] "))
         return False
 
     def do_load(self, argument):
@@ -5707,11 +5836,7 @@ class Chat:
 
     def do_attach(self, argument):
         if argument:
-            attachment = read_attachment(native_path(argument))
-            build_question("", self.attachments + [attachment])  # not too large together
-            self.attachments.append(attachment)
-            if attachment.note:
-                self.console.note(attachment.note)
+            self.attach(native_path(argument), takes_pipe=False)
         if not self.attachments:
             self._print("no file waits for the next message")
         for attachment in self.attachments:
@@ -5721,7 +5846,7 @@ class Chat:
     def do_copy(self, argument):
         text = self.conversation.last_answer()
         if argument not in ("", "code"):
-            raise UsageError("/copy takes nothing, or: code")
+            raise UsageError("/copy takes no argument, or: code")
         if text is None:
             raise UsageError("nothing to copy yet")
         if argument:
@@ -5767,15 +5892,15 @@ class Chat:
         fields = self.sampling.fields
         if name == "reasoning" and value in ("on", "off"):
             self._show_reasoning = value == "on"
-        elif name in SETTABLE and value == "-":
+        elif name in SAMPLING_RANGES and value == "-":
             fields.pop(name, None)
-        elif name in SETTABLE and value:
+        elif name in SAMPLING_RANGES and value:
             fields[name] = parse_setting(name, value)
         elif argument:
-            names = " ".join(SETTABLE)
+            names = " ".join(SAMPLING_RANGES)
             raise UsageError(f"not an option and its value: {argument}: /set takes one of {names} "
                              "and a number or -, or reasoning and on or off")
-        shown = dict.fromkeys(SETTABLE, "-")
+        shown = dict.fromkeys(SAMPLING_RANGES, "-")
         for field, setting in fields.items():
             shown[field] = json_text(setting)
         shown["reasoning"] = "on" if self._show_reasoning else "off"
@@ -5786,7 +5911,7 @@ class Chat:
         if not self.typed:
             raise UsageError("/edit needs a terminal")
         question, _ = self.conversation.last_question()
-        self.editor.set_up(None)
+        self.editor.set_terminal_mode(None)
         text = read_edited(argument or content_text(question or {}), self.console)
         self.editor.remember(as_typed(text))
         self._ask_text(text)
@@ -5797,7 +5922,7 @@ class Chat:
     def _find_names(self, name):
         """Return what may follow the command *name*; models are asked for once."""
         if name == "/set":
-            return [option + " " for option in list(SETTABLE) + ["reasoning"]]
+            return [option + " " for option in list(SAMPLING_RANGES) + ["reasoning"]]
         if name == "/copy":
             return ["code"]
         if name == "/context":
@@ -5828,30 +5953,32 @@ def open_conversation(options, console, interactive):
     elif path and not os.path.isdir(os.path.dirname(path) or "."):
         raise UsageError(f"cannot make {utf8_argument(path)}: its folder is missing")
     console.note(*notes)
-    if options.continue_last:
-        path = claim_conversation(path) if keeps_history else None
-        if keeps_history and path is None:
-            console.note("another chat still uses this conversation: a copy is continued")
+    if options.continue_last and not keeps_history:
+        path = None
     if endpoint and options.endpoint in (None, endpoint) and not options.demo:
         options.endpoint = endpoint
         options.model = options.model or model
     prompt = system_prompt(options)
     if prompt is not None:
         conversation.set_system(prompt)
-    is_typed = interactive and console.stdin_is_terminal()  # what is piped is a script's
-    uses_state = keeps_history and (options.continue_last or is_typed)
+    is_typed = interactive and console.stdin_is_terminal()  # piped chats are scripts: not saved
+    is_kept = is_typed or options.continue_last or path is not None
+    uses_state = keeps_history and is_kept
     return conversation, ConversationStore(console, path, data, uses_state)
 
 def run_interactive(options, settings, console, resolve, question, conversation, store):
     """Hold a conversation until its end; return the exit status."""
-    console.json = False  # the config file may ask for it
+    if options.continue_last:
+        store.claim()
     has_newer_name = "max_completion_tokens" in dict(options.param)
     if options.max_tokens is None and not has_newer_name:
         options.max_tokens = DEFAULT_INTERACTIVE_MAX_TOKENS
     chat = Chat(options, settings, console, resolve, conversation, store)
     if question is None:
         for path in options.attach:
-            chat.do_attach(path)
+            chat.attach(path)
+        if options.attach:
+            chat.do_attach("")
     if not chat.typed:
         return chat.run(question)
     with chat.editor:
@@ -5869,7 +5996,7 @@ def _demo_settings(options, base_url):
         raise UsageError("--demo brings its own endpoint: give no --base-url or --context with it")
     options.endpoint = options.endpoint or DEMO_ENDPOINT
     options.base_url = base_url
-    settings = resolve_settings(options, {}, Config("", None, {}, []), None)
+    settings = resolve_options(options)
     settings.sources["base_url"] = "--demo"
     return settings
 
@@ -5878,13 +6005,13 @@ def _user_settings(options, console, endpoint_needed):
         raise UsageError("--api-key - is only for config add and config set")
     resolve = functools.partial(resolve_settings, options, environment(), read_config())
     settings = resolve(lambda deployment: "-")
+    console.json = settings.output == "json"
     endpoint = settings.endpoint
     if is_whole_address(settings.base_url):  # a slug would only name the model there
-        endpoint = endpoint or getattr(options, "model", None)
+        endpoint = endpoint or options.model
         if options.command in ("models", "completions"):
             endpoint_needed = False
     if endpoint_needed and not endpoint:
-        console.json = settings.output == "json"
         raise UsageError(f"no endpoint: give --endpoint SLUG, or set {ENV_ENDPOINT}, "
                          "or try without one: --demo")
     if not options.dry_run:  # only now a program may be run for the key
@@ -5893,16 +6020,16 @@ def _user_settings(options, console, endpoint_needed):
 
 @contextlib.contextmanager
 def open_settings(options, console, endpoint_needed=True):
-    """Yield the Settings for *options*; the console learns its form, its secrets and the notes.
+    """Yield the Settings for *options*.
 
-    Raise UsageError where an endpoint is needed and nothing names one.
+    It sets console.json and console.secrets, and prints the notes.  Raise UsageError where an
+    endpoint is needed and nothing names one.
     """
     with contextlib.ExitStack() as stack:
         if options.demo:
             settings = _demo_settings(options, stack.enter_context(demo_endpoint()))
         else:
             settings = _user_settings(options, console, endpoint_needed)
-        console.json = settings.output == "json"
         console.secrets = secret_texts(settings)
         console.note(*settings.notes)
         yield settings
@@ -5911,7 +6038,7 @@ def change_settings(options, console, first_url, settings, context, endpoint):
     """Return *settings* with another endpoint, or those of the deployment *context*.
 
     A key and headers of the command line go only to the origin of the chat's *first_url*.  Raise
-    UsageError where the context or the endpoint is no good.
+    UsageError where the context or the endpoint is unusable.
     """
     if context is None:
         check_endpoint(endpoint, settings.base_url, "the endpoint")
@@ -5936,15 +6063,25 @@ def confirm(question, console):
     except EOFError:  # the cursor is still behind the question
         console.print_line("")
         return False
-    return answer.strip().lower() in ("y", "yes")
+    return is_yes(answer)
 
 def refuse_dry_run(options):
     """Raise UsageError for a dry run of a command that does more than send one request."""
     if options.dry_run:
         raise UsageError(f"--dry-run shows requests: {options.command} cannot be tried with it")
 
+def _refuse_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+def parse_strict_json(text):
+    """Return the document that *text* holds; raise ValueError where it is not JSON (RFC 8259)."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
 def load_schema(options):
-    """Put the JSON Schema in the file of --schema, and a name for it, in the place of the path.
+    """Replace the path of --schema in *options* by the JSON Schema in the file, and name it.
 
     Raise UsageError where the file cannot be read or holds no JSON object.
     """
@@ -5953,7 +6090,7 @@ def load_schema(options):
         return
     path = options.schema
     try:
-        schema = parse_json(decode_text(read_file(path))[0])
+        schema = parse_strict_json(decode_text(read_file(path))[0])
     except ValueError as error:
         raise UsageError(f"--schema {path} is not JSON: {error}") from error
     if not isinstance(schema, dict):
@@ -6007,21 +6144,20 @@ def read_message(options, console):
     return text
 
 def read_question(options, console):
-    """Return the user's message: its text and the files of --attach, with their notes told."""
+    """Return the user's message: its text and the files of --attach; print their notes."""
     text = read_message(options, console)
     attachments = []
     for path in options.attach:
         if path == "-":
             data = console.read_stdin() or b""
             attachments.append(parse_attachment(None, "standard input", data))
-        else:  # in a thread: it may be a pipe that says nothing
-            read = functools.partial(read_attachment, path)
-            attachments.append(console.waiter.run_in_thread(read, None))
+        else:
+            attachments.append(read_attachment(path))
     console.note(*[attachment.note for attachment in attachments if attachment.note])
     return build_question(text, attachments)
 
 def note_unread_stdin(options, console):
-    """Tell the user where standard input has something that this question does not use."""
+    """Tell the user if standard input has data that this question does not use."""
     used = options.attach + [options.message]
     is_read = "-" in used or used == [None]
     if not is_read and console.stdin_has_data():
@@ -6029,9 +6165,9 @@ def note_unread_stdin(options, console):
                      "-q silences this note")
 
 def show_code_block(request, settings, console, reply):
-    """Send *request* and show the first code block of the answer, once it is whole.
+    """Send *request*, show the first code block of the answer once it is whole, and return it.
 
-    Where there is none, or the answer fails, what came of it goes to stderr.
+    Where there is none, or the answer fails, the text received goes to stderr.
     """
     try:
         receive_answer(request, settings, console, reply)
@@ -6045,21 +6181,17 @@ def show_code_block(request, settings, console, reply):
                 console.print_line(line)
         raise
     console.write(end_line(block))
+    return block
 
-def check_json(reply, is_extracted):
-    """Raise ServerError where the answer, or its code block, is not JSON as --schema asks."""
-    text = reply.text
-    if is_extracted:
-        text = extract_code_block(text)
+def check_json(text):
+    """Raise ServerError where the answer *text* is not JSON as --schema asks."""
     try:
-        parse_json(text)
+        parse_strict_json(text)
     except ValueError as error:
         raise ServerError(f"the answer is not JSON, as --schema asks: {error}") from error
 
 def run_single(options, settings, console, conversation, store):
     """Ask one question after *conversation*, show the answer, and keep both in *store*."""
-    if options.extract:
-        console.json = False  # the config file may ask for it
     note_unread_stdin(options, console)
     question = read_question(options, console)
     sampling = build_sampling(options)
@@ -6068,17 +6200,21 @@ def run_single(options, settings, console, conversation, store):
     if settings.dry_run:
         send_dry_run(request, settings, console)
         return
+    if options.continue_last:
+        store.claim()
     reply = Reply(token_limit(sampling))
     conversation.unanswered = question
     try:
         if options.extract:
-            show_code_block(request, settings, console, reply)
+            answer = show_code_block(request, settings, console, reply)
         else:
-            view = build_view(console, settings.stream, options.plain, options.show_reasoning)
+            view = build_view(console, settings.stream, options.plain, options.show_reasoning,
+                              show_thought=options.schema is None)
             show_answer(request, settings, console, view, reply)
+            answer = reply.text
         report_reply(reply, reply.seconds, settings.stream, options.show_usage, console)
         if options.schema is not None:
-            check_json(reply, options.extract)
+            check_json(answer)
     finally:
         if reply.text.strip():
             conversation.add_turn(question, reply.text)
@@ -6091,6 +6227,8 @@ def run_chat(options, console):
     if options.continue_last and is_alone and console.stdin_is_terminal():
         interactive = True
     refuse_combinations(options, interactive)
+    if interactive or options.extract:
+        options.output = "text"  # the config file may ask for JSON
     load_schema(options)
     conversation, store = open_conversation(options, console, interactive)
     with open_settings(options, console) as settings:
@@ -6102,11 +6240,6 @@ def run_chat(options, console):
         resolve = functools.partial(change_settings, options, console, settings.base_url)
         return run_interactive(options, settings, console, resolve, question, conversation, store)
 
-def build_models_request(settings):
-    """Return the Request for the models behind the endpoint, or behind the project without one."""
-    url = endpoint_url(settings.base_url, settings.endpoint, "/models")
-    return build_request("GET", url, settings)
-
 def run_models(options, console):
     """List the ids of the models behind an endpoint."""
     with open_settings(options, console) as settings:
@@ -6116,8 +6249,8 @@ def run_models(options, console):
             return
         document = request_json(request, settings, console)
     models = list_items(document, "models")
-    rows = [(get_field(model, "id", str) or "",) for model in models]
-    show_rows(document, ("id",), rows, console)
+    names = [get_field(model, "id", str) for model in models]
+    show_rows(document, ("id",), [(name,) for name in names if name], console)
 
 # -- Commands: config -------------------------------------------------------------------------
 
@@ -6142,7 +6275,7 @@ def mask_secrets(name, value):
     return re.sub("//[^/]*@", "//****@", str(value))  # a date becomes a text
 
 def fit_rows(rows, columns):
-    """Return the *rows* of a list for so many *columns*: long keys and URLs cut in the middle."""
+    """Return the *rows* of a list fitted to *columns*: long keys and URLs cut in the middle."""
     fitted = []
     for name, mark, _, key, endpoint in rows:
         fitted.append([mark, name, truncate_middle(key, MAX_KEY_COLUMNS), endpoint])
@@ -6165,9 +6298,9 @@ def run_config_list(options, console):
         fields = mask_secrets("", deployment)
         masked[name] = fields
         mark = "*" if name == config.current else ""
-        key_field = kept_key(fields) or "api_key"
-        kind = key_field[len("api_key_"):]
-        key = f"{kind} {fields.get(key_field, '')}".strip()
+        field = key_field(fields) or "api_key"
+        kind = field[len("api_key_"):]
+        key = f"{kind} {fields.get(field, '')}".strip()
         url = fields.get("base_url", "")
         endpoint = fields.get("endpoint", "")
         rows.append([name, mark, url, key, endpoint])
@@ -6202,7 +6335,7 @@ def run_config_path(options, console):
         console.write(path + "\n")
 
 def read_given_key(options, console):
-    """Put the key that a line of standard input holds in the place of --api-key -."""
+    """Replace the - of --api-key by a line of standard input."""
     if options.api_key != "-":
         return
     key = ""
@@ -6222,7 +6355,7 @@ def change_fields(deployment, options):
         elif value == "":
             changed.pop(field, None)
     if options.api_key == "":  # wherever the key is kept
-        changed.pop(kept_key(deployment), None)
+        changed.pop(key_field(deployment), None)
     if options.base_url:
         changed["base_url"] = check_base_url(options.base_url)
     if changed.get("endpoint"):
@@ -6264,7 +6397,7 @@ def run_config_set(options, console):
         new = change_fields(old, options)
         config.deployments[name] = new
     console.note(f"changed {name} in {config.path}")
-    keeps_key = kept_key(old) and options.api_key is None
+    keeps_key = key_field(old) and options.api_key is None
     if keeps_key and options.base_url and not same_origin(old.get("base_url"), new["base_url"]):
         console.note(f"the API key of {name} goes to {new['base_url']} from now on")
 
@@ -6293,7 +6426,7 @@ def run_config_remove(options, console):
     console.note(f"removed {options.name}{advice}")
 
 def ask_deployment(options, console):
-    """Ask for what *options* do not give of a new deployment, each until it is usable."""
+    """Ask for each value of a new deployment that *options* lacks, until it is usable."""
     deployments = read_config().deployments
 
     def check_name(text):
@@ -6329,12 +6462,12 @@ def ask_deployment(options, console):
             try:
                 value = check(read(question).strip())
                 is_given = True
-            except UsageError as error:
+            except (UsageError, UnusableInputError) as error:
                 console.print_error(error)
         setattr(options, field, value)
 
 def find_address(settings, console):
-    """Return the base URL that answers: where the slug in it is not found, perhaps the plain one.
+    """Return the base URL that answers: the given one, or the plain one where that alone answers.
 
     Raise the error that makes the address doubtful.
     """
@@ -6364,7 +6497,7 @@ def run_config_init(options, console):
     options.context = None
     try:
         ask_deployment(options, console)
-        settings = resolve_settings(options, {}, Config("", None, {}, []), None)
+        settings = resolve_options(options)
         settings = settings._replace(retries=0)
         console.secrets = secret_texts(settings)
         console.note(*settings.notes)
@@ -6381,6 +6514,7 @@ def run_config_init(options, console):
     if not options.endpoint:
         command += " --endpoint SLUG"
     console.note(f"next: {command} -m Hello")
+
 # -- Commands: status -------------------------------------------------------------------------
 
 STATUS_STEPS = ("settings", "name", "connection", "tls", "authorisation", "completion")
@@ -6392,13 +6526,13 @@ STEP_WORDS = {  # "ok" of a step in JSON -> its word on a terminal, and the colo
 STATUS_QUESTION = "Count from one to ten."
 STATUS_MAX_TOKENS = 16
 ARRIVAL_GAP_SECONDS = 0.001  # chunks with a shorter gap arrived together
-LUMP_SECONDS = 0.1  # a shorter answer may simply be fast
+BURST_SECONDS = 0.1  # a shorter answer may simply be fast
 
 class Check(ConnectLog):
     """The steps of a check: shown one by one as they end, or with -o json as one object."""
 
     def __init__(self, console):
-        super().__init__(console.trace)
+        super().__init__(console)
         self.is_plain = False  # the address is http://
         self._console = console
         self._started = time.monotonic()  # of the step
@@ -6495,19 +6629,25 @@ def check_models(settings, check, console):
     check.end_step("authorisation", [sentence], {"models": count})
 
 def describe_pace(chunks, arrivals, seconds):
-    """Return how the *chunks* of an answer that took *seconds* came, at so many *arrivals*."""
+    """Return how an answer of *chunks* came, in *seconds* and at *arrivals* distinct times."""
     if chunks == 1:
         return "in one piece: it may be that this server does not stream"
-    if arrivals == 1 and seconds < LUMP_SECONDS:
+    if arrivals == 1 and seconds < BURST_SECONDS:
         return "at once, too fast to see it stream"
     if arrivals == 1:
-        return "in one lump: something on the way, a proxy perhaps, holds the stream back"
+        return "in one burst: something on the way, a proxy perhaps, holds the stream back"
     if 2 * arrivals >= chunks:
         return "one by one"
-    return f"in {arrivals} lumps"
+    return f"in {arrivals} bursts"
 
-def measure_answer(request, settings, console):
-    """Return the Reply to *request*, and the Chunks that it came in."""
+def measure_answer(limit_name, settings, console):
+    """Return the Reply to a short question, and the Chunks that it came in.
+
+    *limit_name* is that of the body field that limits the tokens.
+    """
+    sampling = Sampling(None, {limit_name: STATUS_MAX_TOKENS}, [])
+    messages = [build_message(STATUS_QUESTION)]
+    request = build_chat_request(sampling, settings, messages, True)
     reply = Reply()
     chunks = []
     receive_answer(request, settings, console, reply, chunks.append)
@@ -6516,18 +6656,14 @@ def measure_answer(request, settings, console):
     return reply, chunks
 
 def measure_completion(settings, console):
-    """Return what measure_answer does for a short question."""
-    sampling = Sampling(None, {"max_tokens": STATUS_MAX_TOKENS}, [])
-    messages = [build_message(STATUS_QUESTION)]
-    request = build_chat_request(sampling, settings, messages, True)
+    """Return what measure_answer() does, with the token limit that the server knows."""
     try:
-        return measure_answer(request, settings, console)
+        return measure_answer("max_tokens", settings, console)
     except RefusedError as error:
         told = f"{error} {error.body}"
         if error.status not in (400, 422) or not re.search("max_(completion_)?tokens", told):
             raise
-    body = request.body.replace(b'"max_tokens"', b'"max_completion_tokens"')
-    return measure_answer(request._replace(body=body), settings, console)
+    return measure_answer("max_completion_tokens", settings, console)
 
 def name_plain_address(settings, console, error):
     """Raise a RefusedError that names the address without a slug, where that one answers."""
@@ -6571,7 +6707,7 @@ def check_completion(settings, check, console):
 
 def run_checks(settings, check, console):
     """Check what the Settings lead to; raise the error of the first step that fails."""
-    import urllib.request  # so that no step is charged for it
+    import urllib.request  # noqa: F401 (before the steps are timed)
 
     route = find_route(build_models_request(settings).url)
     if route.tls:
@@ -6736,7 +6872,7 @@ def run_completions_update(options, console):
         show_rows(completion, COMPLETION_COLUMNS, [completion_row(completion)], console)
 
 def run_completions_delete(options, console):
-    """Delete stored completions after a yes; go on after a failure, and return its status."""
+    """Delete stored completions once confirmed; go on after a failure, and return its status."""
     asks = not options.yes and not options.dry_run
     if asks and not console.stdin_is_terminal():
         raise UsageError("delete asks at a terminal: without one give --yes")
@@ -6767,8 +6903,8 @@ CONNECTOR_THREADS = 16
 SPARE_DESCRIPTORS = 40  # of the process, beside its connections
 MAX_SELECT_CONNECTIONS = 500  # Windows' select takes 512 sockets
 READABLE, WRITABLE = 1, 2  # EVENT_READ and EVENT_WRITE of selectors
-SWEEP_SECONDS = 0.1
-BEAT_SECONDS = 0.01  # how often a measuring loop notes how late it wakes
+TIMEOUT_CHECK_SECONDS = 0.1
+LAG_SAMPLE_SECONDS = 0.01  # how often a measuring loop notes how late it wakes
 PROGRESS_SECONDS = 0.5
 
 def allow_connections(count):
@@ -6792,6 +6928,23 @@ def allow_connections(count):
         raise UsageError(f"{count} connections need {wanted} open files, and this process may "
                          f"have {hard}: see ulimit -n") from error
 
+@contextlib.contextmanager
+def open_for_append(path, waiter):
+    """Yield a descriptor that appends to the file *path*, which is made if missing.
+
+    Raise UsageError where it cannot be opened, and as Waiter.wait() does.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    try:  # in a thread: a pipe waits for its reader
+        opening = functools.partial(os.open, path, flags, 0o666)
+        descriptor = waiter.run_in_thread(opening, None)
+    except OSError as error:
+        raise UsageError(f"cannot write {utf8_argument(path)}: {os_reason(error)}") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
 class Exchange:
     """One request of a RequestLoop and what came of it.  All times are monotonic, in seconds."""
 
@@ -6800,12 +6953,12 @@ class Exchange:
         self.route = route  # to the request's URL
         self.settings = settings
         self.due = None  # when it should be sent; None: as soon as its connection is open
-        self.sent_at = None  # when the first byte left
+        self.sent_at = None  # when the request is given to its connection
         self.connect_seconds = None  # None: its connection was open already
         self.head = None
         self.reply = Reply()
         self.arrivals = []  # (time, number of chunks with text or reasoning), one a read
-        self.document = None  # of an answer that is not streamed
+        self.chunks = []  # of the answer, where no stream was asked for
         self.error_body = b""
         self.error = None
         self._context = None
@@ -6854,10 +7007,10 @@ class Exchange:
         self.reply.add(chunk)
         if chunk.deltas:
             self.arrivals.append((chunk.at, chunk.deltas))
-        if chunk.documents and not self.request.streamed:
-            self.document = chunk.documents[-1]
+        if not self.request.streamed:
+            self.chunks.append(chunk._replace(sources=[]))
 
-class Lane:
+class PooledConnection:
     """A connection of a RequestLoop.  Without a decoder it is idle."""
 
     def __init__(self, stream):
@@ -6873,7 +7026,7 @@ class RequestLoop:
 
     A turn has three steps: receive and stamp all that is ready, then parse it, then deal with
     ends.  So the time at which bytes arrived does not depend on the work that others cause.  A few
-    threads connect.  From restart_beats() on, *lags* holds how late the loop wakes.
+    threads connect.  From start_lag_sampling() on, *lags* holds how late the loop wakes.
     """
 
     def __init__(self, waiter, keeps_connections=True):
@@ -6881,39 +7034,39 @@ class RequestLoop:
         import selectors
         import socket
 
-        self.lags = []  # seconds, one a beat
+        self.lags = []  # seconds, one a sample
         self._waiter = waiter
         self._keeps_connections = keeps_connections
         self._selector = selectors.DefaultSelector()
-        self._lanes = set()
-        self._idle = []  # those of the lanes that can be used
+        self._connections = set()
+        self._idle = []  # those of them that wait for a request
         self._in_flight = set()
         self._finished = []
         self._wanted = queue.Queue()  # exchanges that need a connection; None ends a thread
         self._opened = []  # (exchange, Stream or exception, seconds), from the threads
         self._threads = 0
-        self._next_sweep = 0
-        self._next_beat = float("inf")
-        self._bell, self._ring = socket.socketpair()
-        self._bell.setblocking(False)
-        self.watch(self._bell)
+        self._next_timeout_check = 0
+        self._next_lag_sample = float("inf")
+        self._wakeup_reader, self._wakeup_writer = socket.socketpair()
+        self._wakeup_reader.setblocking(False)
+        self.watch(self._wakeup_reader)
         if waiter.wakeup_fileno is not None:
             self.watch(waiter.wakeup_fileno)
 
     def start(self, exchange):
         """Send the request of *exchange* on an idle connection, or on a new one."""
         self._in_flight.add(exchange)
-        for lane in reversed(self._idle):
-            if lane.stream.route == exchange.route:
-                self._idle.remove(lane)
-                self._send(lane, exchange)
+        for connection in reversed(self._idle):
+            if connection.stream.route == exchange.route:
+                self._idle.remove(connection)
+                self._send(connection, exchange)
                 return
         self._connect(exchange)
 
-    def restart_beats(self):
-        """Note from now on, once a beat, how late the loop wakes."""
+    def start_lag_sampling(self):
+        """Note from now on, once in LAG_SAMPLE_SECONDS, how late the loop wakes."""
         self.lags = []
-        self._next_beat = time.monotonic()
+        self._next_lag_sample = time.monotonic()
 
     def watch(self, descriptor):
         """Let a turn end when *descriptor* is readable; raise OSError where that cannot be."""
@@ -6929,20 +7082,20 @@ class RequestLoop:
         Raise KeyboardInterrupt or Terminated for a signal.
         """
         # Whole milliseconds, rounded down: epoll rounds up, and would wake late.
-        wake_at = min(until, self._next_sweep, self._next_beat)
+        wake_at = min(until, self._next_timeout_check, self._next_lag_sample)
         milliseconds = int((wake_at - time.monotonic()) * 1000)
         ready = self._selector.select(max(0, milliseconds - 0.5) / 1000)
         received = self._receive(ready)
         now = time.monotonic()
-        while self._next_beat <= now + 0.001:
-            self.lags.append(max(0, now - self._next_beat))
-            self._next_beat += BEAT_SECONDS
-        for lane, data, at in received:
-            self._parse(lane, data, at)
+        while self._next_lag_sample <= now + 0.001:
+            self.lags.append(max(0, now - self._next_lag_sample))
+            self._next_lag_sample += LAG_SAMPLE_SECONDS
+        for connection, data, at in received:
+            self._parse(connection, data, at)
         while self._opened:
-            self._adopt(*self._opened.pop(0))
-        if now >= self._next_sweep:
-            self._next_sweep = now + SWEEP_SECONDS
+            self._connection_opened(*self._opened.pop(0))
+        if now >= self._next_timeout_check:
+            self._next_timeout_check = now + TIMEOUT_CHECK_SECONDS
             self._end_silent_ones(now)
         self._waiter.check()
         finished = self._finished
@@ -6952,10 +7105,12 @@ class RequestLoop:
     def drop_all(self):
         """Give up what is in flight; close all connections."""
         self._in_flight.clear()
-        for lane in list(self._lanes):
-            self._close(lane)
+        for connection in list(self._connections):
+            self._close(connection)
         while self._opened:
-            self._adopt(*self._opened.pop())
+            _, result, _ = self._opened.pop()
+            if not isinstance(result, BaseException):
+                result.close()
 
     def close(self):
         """Close all connections, and let the threads end."""
@@ -6963,8 +7118,8 @@ class RequestLoop:
             self._wanted.put(None)
         self.drop_all()
         self._selector.close()
-        self._bell.close()
-        self._ring.close()
+        self._wakeup_reader.close()
+        self._wakeup_writer.close()
 
     # Connections
 
@@ -6991,92 +7146,98 @@ class RequestLoop:
                 result = open_stream(exchange.route, exchange.settings, Waiter(), ConnectLog())
             except XeroctlError as error:
                 result = error
-            self._opened.append((exchange, result, time.monotonic() - started))
-            with contextlib.suppress(OSError):  # the loop was closed
-                self._ring.send(b"!")
+            except BaseException as error:  # a defect: the loop raises it too
+                result = error
+                raise
+            finally:
+                self._opened.append((exchange, result, time.monotonic() - started))
+                with contextlib.suppress(OSError):  # the loop was closed
+                    self._wakeup_writer.send(b"!")
 
-    def _adopt(self, exchange, result, seconds):
+    def _connection_opened(self, exchange, result, seconds):
+        if isinstance(result, BaseException) and not isinstance(result, XeroctlError):
+            raise result
         is_wanted = exchange in self._in_flight
         if isinstance(result, XeroctlError):
             exchange.error = result
             if is_wanted:
                 self._end(exchange)
         elif is_wanted:
-            lane = Lane(result)
-            self._lanes.add(lane)
-            self._selector.register(result, READABLE, lane)
+            connection = PooledConnection(result)
+            self._connections.add(connection)
+            self._selector.register(result, READABLE, connection)
             exchange.connect_seconds = seconds
-            self._send(lane, exchange)
+            self._send(connection, exchange)
         else:
             result.close()
 
-    def _close(self, lane):
-        self._lanes.discard(lane)
-        if lane in self._idle:
-            self._idle.remove(lane)
-        self._selector.unregister(lane.stream)
-        lane.stream.close()
+    def _close(self, connection):
+        self._connections.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+        self._selector.unregister(connection.stream)
+        connection.stream.close()
 
     # Sending and receiving
 
-    def _send(self, lane, exchange):
-        lane.exchange = exchange
-        lane.decoder = ResponseDecoder(exchange.request.method)
-        lane.unsent = memoryview(request_bytes(exchange.request, exchange.route))
-        lane.heard_at = exchange.sent_at = time.monotonic()
+    def _send(self, connection, exchange):
+        connection.exchange = exchange
+        connection.decoder = ResponseDecoder(exchange.request.method)
+        connection.unsent = memoryview(request_bytes(exchange.request, exchange.route))
+        connection.heard_at = exchange.sent_at = time.monotonic()
         if exchange.due is None:
             exchange.due = exchange.sent_at
-        self._send_rest(lane)
-        if lane.unsent:
-            self._selector.modify(lane.stream, READABLE | WRITABLE, lane)
+        self._send_rest(connection)
+        if connection.unsent:
+            self._selector.modify(connection.stream, READABLE | WRITABLE, connection)
 
-    def _send_rest(self, lane):
+    def _send_rest(self, connection):
         try:
-            sent = lane.stream.send_now(lane.unsent)
-            lane.unsent = lane.unsent[sent:]
-            lane.heard_at = time.monotonic()  # a slow upload is no silence
+            sent = connection.stream.send_now(connection.unsent)
+            connection.unsent = connection.unsent[sent:]
+            connection.heard_at = time.monotonic()  # a slow upload is no silence
         except OSError:  # what the server said before it closed, if anything, is read next
-            lane.unsent = b""
+            connection.unsent = b""
 
     def _receive(self, ready):
-        """Return a (lane, data, time) for each of the *ready* connections that brought bytes.
+        """Return a (connection, data, time) for each of the *ready* connections that brought bytes.
 
         The data is b"" at the end, and an OSError where the connection broke.
         """
         received = []
         for key, events in ready:
-            lane = key.data
-            if lane is None:
+            connection = key.data
+            if connection is None:
                 self._drain(key.fileobj)
                 continue
-            if lane.unsent and events & WRITABLE:
-                self._send_rest(lane)
-                if not lane.unsent:
-                    self._selector.modify(lane.stream, READABLE, lane)
+            if connection.unsent and events & WRITABLE:
+                self._send_rest(connection)
+                if not connection.unsent:
+                    self._selector.modify(connection.stream, READABLE, connection)
             if events & READABLE:
                 try:
-                    data = lane.stream.receive_now()
+                    data = connection.stream.receive_now()
                 except OSError as error:
                     data = error
                 if data is not None:
-                    received.append((lane, data, time.monotonic()))
+                    received.append((connection, data, time.monotonic()))
         return received
 
     def _drain(self, source):
         with contextlib.suppress(BlockingIOError):
-            if source is self._bell:
-                self._bell.recv(READ_BYTES)
+            if source is self._wakeup_reader:
+                self._wakeup_reader.recv(READ_BYTES)
             elif source == self._waiter.wakeup_fileno:
                 os.read(source, READ_BYTES)
 
     # Parsing, and ends
 
-    def _parse(self, lane, data, at):
-        lane.heard_at = at
-        exchange = lane.exchange
-        decoder = lane.decoder
+    def _parse(self, connection, data, at):
+        connection.heard_at = at
+        exchange = connection.exchange
+        decoder = connection.decoder
         if decoder is None:  # an idle connection ends, or says what nobody asked
-            self._close(lane)
+            self._close(connection)
             return
         try:
             if isinstance(data, OSError):
@@ -7088,61 +7249,57 @@ class RequestLoop:
                 # A streamed answer can end before its body does.
                 if exchange.feed(decoder.head, body, at) or decoder.complete:
                     exchange.finish(at)
-                    lane.exchange = None
+                    connection.exchange = None
                     self._end(exchange)
                 else:
                     decoder.feed(b"")  # raises where the framing after *body* is broken
         except (OSError, WireError, XeroctlError) as error:
-            self._lose(lane, error, at)
+            self._connection_failed(connection, error, at)
             return
         if not decoder.complete:
             return
-        can_follow = decoder.keeps_open and not decoder.unread and not lane.unsent and data
+        can_follow = decoder.keeps_open and not decoder.unread and not connection.unsent and data
         if can_follow and self._keeps_connections:
-            lane.decoder = None
-            lane.is_reused = True
-            self._idle.append(lane)
+            connection.decoder = None
+            connection.is_reused = True
+            self._idle.append(connection)
         else:
-            self._close(lane)
+            self._close(connection)
 
-    def _lose(self, lane, error, at):
+    def _connection_failed(self, connection, error, at):
         """Close the connection on which *error* happened, and end its exchange."""
-        exchange = lane.exchange
-        head = lane.decoder.head
-        self._close(lane)
+        exchange = connection.exchange
+        decoder = connection.decoder
+        self._close(connection)
         if exchange is None:
             return
-        speaker = exchange.route.speaker
-        is_lost = isinstance(error, (OSError, IncompleteError))
-        if head is None and is_lost and lane.is_reused:
+        is_lost = decoder.head is None and isinstance(error, (OSError, IncompleteError))
+        if is_lost and connection.is_reused:
             # The server closed the idle connection while our request was on its way.
             if exchange.due == exchange.sent_at:
                 exchange.due = None
             self._connect(exchange)
             return
-        if head is None and is_lost:
-            error = lost_error(error, speaker, exchange.settings.timeout)
-        elif head is None:
-            error = ServerError(f"{speaker} does not speak HTTP: {error}")
-        elif not isinstance(error, XeroctlError):
-            broken = isinstance(error, ConnectionError) and not exchange.arrivals
-            error = CutShortError(
-                f"the reply was cut short: {speaker} closed the connection", retryable=broken)
+        if not isinstance(error, XeroctlError):
+            timeout = exchange.settings.timeout
+            error = response_error(error, exchange.route.peer, timeout, decoder)
         exchange.fail(error, at)
         self._end(exchange)
 
     def _end_silent_ones(self, now):
-        for lane in list(self._lanes):
-            exchange = lane.exchange
+        import socket
+
+        for connection in list(self._connections):
+            exchange = connection.exchange
             limit = AFTER_FINISH_SECONDS
             if exchange and not exchange.reply.finish_reason:
                 limit = exchange.settings.timeout
-            if lane.decoder is None or now - lane.heard_at < limit:
+            if connection.decoder is None or now - connection.heard_at < limit:
                 continue
-            self._close(lane)
+            self._close(connection)
             if exchange:
-                exchange.fail(NetworkError(f"{exchange.route.speaker} sent nothing for "
-                                           f"{limit:g} s: see --timeout"), now)
+                error = response_error(socket.timeout(), exchange.route.peer, limit)
+                exchange.fail(error, now)
                 self._end(exchange)
 
     def _end(self, exchange):
@@ -7156,27 +7313,26 @@ class Progress:
         self._output = console.err
         self._next = time.monotonic() + PROGRESS_SECONDS
         self._visible = console.err.styled and not console.quiet
-        self._drawn = False
 
     def show(self, describe):
         """Draw what *describe* returns, if it is time."""
         now = time.monotonic()
-        if self._visible and now >= self._next and self._output.in_foreground():
+        if self._visible and now >= self._next:
             self._next = now + PROGRESS_SECONDS
-            self._drawn = True
-            line = truncate(describe(), self._output.width() - 1)
-            self._output.draw(f"\r{line}\x1b[K")
+            self._output.draw_status(describe())
 
     def clear(self):
         """Erase the line, before something else is written."""
-        if self._drawn:
-            self._drawn = False
-            self._output.draw("\r\x1b[K")
+        self._output.erase_status()
+
 # -- Batch ------------------------------------------------------------------------------------
 
 GRACE_SECONDS = 5  # for requests in flight, once no more are sent
-HELD_RESULTS = 16  # that --ordered may keep back, for each connection
-RATE_LIMIT_TRIES = 5  # for each of --retries, where the server says when to come back
+DEFAULT_BATCH_CONCURRENCY = 8
+MAX_BUFFERED_RESULTS_PER_CONNECTION = 16  # that --ordered may keep back
+RATE_LIMIT_TRIES = 5  # retries per --retries after a 429 with Retry-After
+RESULT_START = b'{"id":"req_'
+LINE_FIELDS = ("custom_id", "id", "message", "prompt", "messages", "method", "url")  # and body
 LINE_ENDS = r"[\\\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]"  # and the backslash that escapes them
 
 class BatchRequest:
@@ -7191,9 +7347,10 @@ class BatchRequest:
         self.id = "req_" + digest[:24]
         self.request = request
         self.error = error  # why the line cannot be sent, or None
-        self.place = None  # in the order of the results
+        self.has_own_format = False  # the line says what form its answer has
+        self.result_index = None
         self.failures = 0
-        self.answers_before = 0  # answers to others at the last time that a rate limit was met
+        self.answered_at_last_429 = 0  # answers to all requests until then
 
 def _find_custom_id(document):
     for name in ("custom_id", "id"):
@@ -7203,6 +7360,14 @@ def _find_custom_id(document):
         if custom_id is not None:
             raise ValueError(f"its {name} is neither text nor a number")
     return None
+
+def _check_messages(body):
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("its messages are missing, empty, or not a list")
+    if not all(isinstance(message, dict) for message in messages):
+        raise ValueError("one of its messages is not an object")
+    return body
 
 def _find_body(document):
     """Return the fields of the body for a line's object, with messages; raise ValueError."""
@@ -7215,16 +7380,15 @@ def _find_body(document):
         body = document["body"]
         if not isinstance(body, dict):
             raise ValueError("its body is not an object")
-    elif body["messages"] is None:
+        return _check_messages(body)
+    for name in document:
+        if name not in LINE_FIELDS:
+            raise ValueError(f"it has an unknown field, {one_line(name)}")
+    if body["messages"] is None:
         if not isinstance(content, (str, list)) or not content:
             raise ValueError("it has no message, prompt, messages or body, or an empty one")
         body["messages"] = [{"role": "user", "content": content}]
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("its messages are missing, empty, or not a list")
-    if not all(isinstance(message, dict) for message in messages):
-        raise ValueError("one of its messages is not an object")
-    return body
+    return _check_messages(body)
 
 def _build_line_request(document, sampling, settings, system):
     fields = dict(sampling.fields)
@@ -7237,7 +7401,10 @@ def _build_line_request(document, sampling, settings, system):
     if system is not None and not has_system:
         messages = [{"role": "system", "content": system}] + messages
     sampling = sampling._replace(model=model, fields=fields)
-    return build_chat_request(sampling, settings, messages, False)
+    try:
+        return build_chat_request(sampling, settings, messages, False)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 def parse_batch_line(number, line, sampling, settings, system=None):
     """Return the BatchRequest of the bytes *line*, the *number*th of the input.
@@ -7255,12 +7422,66 @@ def parse_batch_line(number, line, sampling, settings, system=None):
     except ValueError as error:
         failure = UnusableInputError(f"line {number} cannot be sent: {error}")
         return BatchRequest(number, custom_id, line, error=failure)
-    return BatchRequest(number, custom_id, request.body, request)
+    request = BatchRequest(number, custom_id, request.body, request)
+    request.has_own_format = "response_format" in document.get("body", ())
+    return request
+
+def _merge_tool_calls(pieces):
+    calls = {}  # index -> call
+    for piece in pieces:
+        index = get_field(piece, "index", int)
+        if index is None:
+            index = len(calls)
+        function = {"name": "", "arguments": ""}
+        call = calls.setdefault(index, {"id": None, "type": "function", "function": function})
+        call["id"] = call["id"] or get_field(piece, "id", str)
+        for name in function:
+            addition = get_field(get_field(piece, "function", dict), name, str)
+            call["function"][name] += addition or ""
+    return list(calls.values())
+
+def build_completion(chunks, reply):
+    """Return the completion that the *chunks* of a stream and their *reply* make, as one document.
+
+    Return None where no chunk holds a document.
+    """
+    documents = list(itertools.chain(*[chunk.documents for chunk in chunks]))
+    if not documents:
+        return None
+    message = {"role": "assistant", "content": "".join([chunk.text for chunk in chunks])}
+    reasoning = "".join([chunk.reasoning for chunk in chunks])
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    pieces = itertools.chain(*[chunk.tool_calls for chunk in chunks])
+    tool_calls = _merge_tool_calls(pieces)
+    if tool_calls:
+        message["tool_calls"] = tool_calls
+    choice = {"index": 0, "message": message, "finish_reason": reply.finish_reason}
+    completion = dict(documents[0], id=reply.id, object="chat.completion", model=reply.model)
+    completion["choices"] = [choice]
+    for document in documents:
+        if document.get("usage"):
+            completion["usage"] = document["usage"]
+    return completion
+
+def _is_piece(document):
+    """Return whether *document* is a chunk of a stream, with a delta in place of a message."""
+    for choice in get_field(document, "choices", list) or ():
+        if get_field(choice, "delta", dict) and not get_field(choice, "message", dict):
+            return True
+    return False
+
+def _answer_body(exchange):
+    """Return the server's document, or one that is made of the stream that nobody asked for."""
+    documents = list(itertools.chain(*[chunk.documents for chunk in exchange.chunks]))
+    if len(documents) == 1 and not _is_piece(documents[0]):
+        return documents[0]
+    return build_completion(exchange.chunks, exchange.reply)
 
 def _response_body(exchange):
     """Return the document that answered, or None; text for an error that is not JSON."""
     if not exchange.error_body:
-        return exchange.document
+        return _answer_body(exchange)
     text = exchange.error_body.decode("utf-8", "replace")
     try:
         return parse_json(text)
@@ -7379,78 +7600,100 @@ class ResultWriter:
     """
 
     def __init__(self, descriptor, is_ordered, console, progress):
-        self.held = {}  # place -> line, until those before it have come
+        self.held = {}  # index -> line, until those before it have come
         self._descriptor = descriptor
         self._is_ordered = is_ordered
         self._console = console
         self._progress = progress
-        self._next_place = 0
-        self._unwritten = b""
+        self._next_index = 0
+        self._lines = []  # to be written
+        self._rest = memoryview(b"")  # of lines that are written in part
 
-    def add(self, place, line):
-        """Take a line, the *place*th in the order of the requests."""
-        self.held[place] = line
+    def add(self, index, line):
+        """Take a line, the *index*th in the order of the requests."""
+        self.held[index] = line
         if not self._is_ordered:
-            self._next_place = place
-        while self._next_place in self.held:
-            self._unwritten += self.held.pop(self._next_place)
-            self._next_place += 1
+            self._next_index = index
+        while self._next_index in self.held:
+            self._lines.append(self.held.pop(self._next_index))
+            self._next_index += 1
 
     def release(self, filler):
         """Let go of all that is held back, with *filler* in the place of a line that is missing."""
-        for place in range(self._next_place, max(self.held, default=-1) + 1):
-            self._unwritten += self.held.pop(place, filler)
+        for index in range(self._next_index, max(self.held, default=-1) + 1):
+            self._lines.append(self.held.pop(index, filler))
 
     def flush(self):
         """Write what there is; raise as Console.write() and Waiter.wait()."""
-        if self._unwritten and self._descriptor is None:
-            self._progress.clear()
-            text = self._unwritten.decode("utf-8")
-            self._unwritten = b""
-            self._console.write(text)
-        while self._unwritten:
-            if os.name == "posix":
-                self._console.waiter.wait([], [self._descriptor])
-            sent = 0
-            try:
-                sent = os.write(self._descriptor, self._unwritten[:PIPE_BYTES])
-            except BlockingIOError:
+        while self._rest or self._lines:
+            if not self._rest:
+                self._rest = memoryview(b"".join(self._lines))
+                self._lines = []
+            if self._descriptor is None:
+                text = self._rest.tobytes().decode("utf-8")
+                self._rest = memoryview(b"")
+                self._progress.clear()
+                self._console.write(text)
                 continue
+            try:
+                self._rest = write_piece(self._descriptor, self._rest, self._console.waiter)
             except BrokenPipeError:
                 raise
             except OSError as error:
                 raise OutputError(f"cannot write the results: {os_reason(error)}") from error
-            self._unwritten = self._unwritten[sent:]
 
-def read_answered(path):
+def _parse_result(line, is_first):
+    """Return the result in *line*, or None for the beginning of one; ValueError for the rest."""
+    try:
+        result = parse_json(line.decode("utf-8"))
+    except ValueError:
+        is_cut_early = RESULT_START.startswith(line) and not is_first
+        if is_cut_early or line.startswith(RESULT_START):
+            return None
+        raise
+    names = {"id", "custom_id", "response", "error"}
+    if not isinstance(result, dict) or not names.issubset(result):
+        raise ValueError("it is no result")
+    return result
+
+def _mend_end(path, whole_bytes, is_whole):
+    with open(path, "ab") as file:
+        file.truncate(whole_bytes)
+        if is_whole:
+            file.write(b"\n")
+
+def read_answered(path, console):
     """Return the (custom_id, id) of each request that the file *path* has an answer for.
 
-    A last line that is half written is cut off.  Raise UsageError for a file of something else.
+    A half-written line is cut off at the end, and skipped with a note before others.  Raise
+    UsageError for a file of something else, which stays as it is.
     """
+    name = utf8_argument(path)
     answered = set()
-    good_bytes = 0
-    with open(path, "r+b") as file:
-        for line in file:
-            try:
-                result = parse_json(line.decode("utf-8"))
-                names = result["custom_id"], result["id"]
-                if result["response"] and not result["error"]:
-                    answered.add(names)
-            except (ValueError, LookupError, TypeError) as error:
-                if b'{"id"'.startswith(line[:5]):
+    half_lines = 0
+    whole_bytes = 0
+    line = b"\n"
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                result = _parse_result(line, whole_bytes == 0)
+                if result is None and not line.endswith(b"\n"):
                     break
-                raise UsageError(f"{utf8_argument(path)} holds other things than results of "
-                                 "batch: give --results another file") from error
-            good_bytes += len(line)
-            if not line.endswith(b"\n"):
-                file.write(b"\n")
-                good_bytes += 1
-        file.truncate(good_bytes)
+                whole_bytes += len(line)
+                if result is None:
+                    half_lines += 1
+                elif result["response"] and not result["error"]:
+                    answered.add((result["custom_id"], result["id"]))
+        if not line.endswith(b"\n"):
+            _mend_end(path, whole_bytes, is_whole=result is not None)
+    except (ValueError, TypeError) as error:  # TypeError: a custom_id that is a list
+        raise UsageError(f"{name} holds other things than results of batch: "
+                         "give --results another file") from error
+    except OSError as error:
+        raise UsageError(f"cannot read and mend {name}: {os_reason(error)}") from error
+    if half_lines:
+        console.note(f"{name} has {plural(half_lines, 'half-written line')}: skipped")
     return answered
-
-def is_text_wanted(options):
-    """Return whether -o asks for the answers alone, in place of JSON lines."""
-    return options.output in ("text", "table")
 
 class Batch:
     """A run of batch: requests from a LineReader, results to a ResultWriter.
@@ -7461,8 +7704,8 @@ class Batch:
     def __init__(self, options, settings, console, build, reader, writer, progress):
         self.first_failure = None  # (number of the line, exit status)
         self.answered_before = set()  # (custom_id, id)
+        self.prints_text = False  # the answers alone, in place of JSON lines
         self._options = options
-        self._prints_text = is_text_wanted(options)
         self._settings = settings
         self._console = console
         self._build = build
@@ -7477,57 +7720,86 @@ class Batch:
         self._again = []  # (monotonic time, number, BatchRequest) of those that are tried again
         self._stops_at = None  # monotonic time at which requests in flight are dropped
         self._started = time.monotonic()
-        self._places = 0  # given to requests so far
+        self._accepted = 0  # requests that get a result
         self._skipped = 0
         self._answered = 0
         self._failed = 0
+        self._ended_early = []  # (number of the line, warning) of answers
         self._tokens_in = 0
         self._tokens_out = 0
 
     def run(self):
-        """Ask everything; raise the KeyboardInterrupt or Terminated that ended it early."""
+        """Ask everything; raise the KeyboardInterrupt or Terminated that ended it early.
+
+        Whatever ends it, the results so far are written.
+        """
         ending = None
         self._loop = RequestLoop(self._console.waiter)
-        with contextlib.closing(self._loop):
-            while not self._is_done():
-                try:
-                    self._take_turn()
-                except (KeyboardInterrupt, Terminated) as interrupt:
-                    self._stop_asking()
-                    if ending:
-                        self._stops_at = 0
-                    ending = ending or interrupt
+        try:
+            with contextlib.closing(self._loop):
+                while not self._is_done():
+                    try:
+                        self._take_turn()
+                    except (KeyboardInterrupt, Terminated) as interrupt:
+                        self._take_interrupt(interrupt)
+                        ending = ending or interrupt
+        finally:
+            self._write_rest()
+        if ending:
+            raise ending
+
+    def _take_interrupt(self, interrupt):
+        if self._stops_at is not None:
+            self._stops_at = 0
+        elif isinstance(interrupt, Terminated):
+            self._stop_asking(signal.Signals(interrupt.args[0]).name + ": ", "Ctrl+C")
+        else:
+            self._stop_asking("", "another Ctrl+C")
+
+    def _write_rest(self):
         filler = b""
-        if self._prints_text:
+        if self.prints_text:
             filler = b"\n"
         self._writer.release(filler)
         with contextlib.suppress(KeyboardInterrupt, Terminated):
             self._writer.flush()
-        if ending:
-            raise ending
 
     def summary(self):
-        """Return one line: how many are done, failed and skipped, how fast, and the tokens."""
+        """Return one line: how many are answered, failed and skipped, how fast, and the tokens."""
+        return ", ".join(self._counts() + self._tokens())
+
+    def warning(self):
+        """Return a sentence on the answers that may not be whole, or None where all are."""
+        if not self._ended_early:
+            return None
+        number, reason = min(self._ended_early)
+        count = plural(len(self._ended_early), "answer")
+        return f"{count} ended early, first in line {number}: {reason}"
+
+    def _counts(self):
         seconds = max(time.monotonic() - self._started, 0.001)
-        done = self._answered + self._failed
-        parts = [f"{done} done", f"{self._failed} failed"]
+        parts = [f"{self._answered} answered", f"{self._failed} failed"]
+        if self._ended_early:
+            parts.append(f"{len(self._ended_early)} ended early")
         if self._skipped:
             parts.append(f"{self._skipped} answered before")
         if self._reader.blank_lines:
             parts.append(plural(self._reader.blank_lines, "blank line"))
-        rate = done / seconds
+        rate = (self._answered + self._failed) / seconds
         parts.append(f"{rate:.1f}/s")
-        parts.append(f"{self._tokens_in} tokens in")
-        parts.append(f"{self._tokens_out} out")
-        return ", ".join(parts)
+        return parts
+
+    def _tokens(self):
+        return [f"{self._tokens_in} tokens in", f"{self._tokens_out} out"]
 
     def _describe(self):
-        line = f"{self.summary()}, {len(self._asked)} in flight"
+        parts = self._counts()
+        parts.append(f"{len(self._asked)} in flight")
         if self._reader.length and self._reader.received:
             seconds = time.monotonic() - self._started
             left = seconds * (self._reader.length / self._reader.received - 1)
-            line += f", about {max(0, left):.0f} s left"
-        return line
+            parts.append(f"about {max(0, left):.0f} s left")
+        return ", ".join(parts + self._tokens())
 
     def _is_done(self):
         if self._stops_at is not None:
@@ -7550,8 +7822,8 @@ class Batch:
             self._take(exchange)
         self._progress.show(self._describe)
 
-    def _stop_asking(self):
-        """Send no more requests; those in flight have some seconds."""
+    def _stop_asking(self, cause, key):
+        """Send no more requests; those in flight have some seconds, unless *key* is pressed."""
         self._again = []
         if self._stops_at is not None:
             return
@@ -7559,8 +7831,8 @@ class Batch:
         if self._asked:
             self._progress.clear()
             count = plural(len(self._asked), "request")
-            self._console.print_line(f"waiting up to {GRACE_SECONDS} s for {count} in flight; "
-                                     "another Ctrl+C drops them")
+            self._console.note(f"{cause}waiting up to {GRACE_SECONDS} s for {count} "
+                               f"in flight; {key} drops them")
 
     # What is asked
 
@@ -7581,7 +7853,7 @@ class Batch:
         most = self._options.concurrency
         outstanding = len(self._asked) + len(self._again)
         while outstanding < most and self._stops_at is None:
-            if outstanding + len(self._writer.held) >= HELD_RESULTS * most:
+            if outstanding + len(self._writer.held) >= MAX_BUFFERED_RESULTS_PER_CONNECTION * most:
                 return None
             numbered = self._reader.next_line()
             if numbered is None:
@@ -7591,8 +7863,8 @@ class Batch:
             if (request.custom_id, request.id) in self.answered_before:
                 self._skipped += 1
                 continue
-            request.place = self._places
-            self._places += 1
+            request.result_index = self._accepted
+            self._accepted += 1
             if request.error is None:
                 return request
             self._put(request, request.error, None)
@@ -7612,7 +7884,7 @@ class Batch:
 
     def _take(self, exchange):
         request = self._asked.pop(exchange)
-        error = exchange.find_error()
+        error = self._find_error(request, exchange)
         seconds = None
         if error is not None:
             seconds = self._delay_before_retry(request, error)
@@ -7625,6 +7897,20 @@ class Batch:
         self._again.append((now + seconds, request.number, request))
         self._again.sort()
 
+    def _find_error(self, request, exchange):
+        error = exchange.find_error()
+        if error is not None:
+            return error
+        text = exchange.reply.text
+        try:
+            if self.prints_text and not text.strip():
+                raise ServerError("the model asked for a tool call: -o json shows it")
+            if self._options.schema is not None and not request.has_own_format:
+                check_json(text)
+        except ServerError as failure:
+            return failure
+        return None
+
     def _delay_before_retry(self, request, error):
         """Return the seconds until *request* is tried again, or None where it has failed."""
         from random import random
@@ -7633,9 +7919,9 @@ class Batch:
             return None
         tries = self._settings.retries
         if isinstance(error, RateLimitError):
-            if self._answered > request.answers_before:  # the limit lets some through
+            if self._answered > request.answered_at_last_429:  # the limit lets some through
                 request.failures = 0
-            request.answers_before = self._answered
+            request.answered_at_last_429 = self._answered
             if error.retry_after is not None:
                 tries *= RATE_LIMIT_TRIES
         request.failures += 1
@@ -7644,32 +7930,46 @@ class Batch:
         return retry_delay(request.failures, error.retry_after, random())
 
     def _put(self, request, error, exchange):
+        try:
+            line = self._result_line(request, error, exchange)
+        except ServerError as failure:  # the reply is nested too deeply
+            error = failure
+            line = self._result_line(request, error, None)
         if error is None:
-            self._throttle.note_answer()
-            self._answered += 1
-            self._tokens_in += exchange.reply.usage.prompt or 0
-            self._tokens_out += exchange.reply.usage.completion or 0
+            self._count_answer(request.number, exchange.reply)
         else:
             self._failed += 1
             failure = request.number, error.exit_status
             self.first_failure = min(self.first_failure or failure, failure)
             if self._failed == self._options.max_failures:
-                self._stop_asking()
-        line = ""
-        if not self._prints_text:
-            line = json_text(build_result(request, error, exchange))
-        elif error is None:
-            line = re.sub(LINE_ENDS, _escape_in_json, exchange.reply.text)
-        self._writer.add(request.place, (line + "\n").encode("utf-8", "replace"))
+                self._stop_asking(plural(self._failed, "failure") + ": ", "Ctrl+C")
+        self._writer.add(request.result_index, (line + "\n").encode("utf-8", "replace"))
+
+    def _result_line(self, request, error, exchange):
+        if not self.prints_text:
+            return json_text(build_result(request, error, exchange))
+        if error is None:
+            return re.sub(LINE_ENDS, _escape_in_json, exchange.reply.text)
+        return ""
+
+    def _count_answer(self, number, reply):
+        self._throttle.note_answer()
+        self._answered += 1
+        self._tokens_in += reply.usage.prompt or 0
+        self._tokens_out += reply.usage.completion or 0
+        warning = finish_warning(reply)
+        if warning:
+            self._ended_early.append((number, warning))
 
 @contextlib.contextmanager
-def open_requests(path):
+def open_requests(path, waiter):
     """Yield a LineReader of the file *path*; '-' or None is standard input."""
     with contextlib.ExitStack() as stack:
         file = sys.stdin
         if path not in (None, "-"):
-            try:
-                file = stack.enter_context(open(path, "rb", buffering=0))
+            try:  # in a thread: a pipe waits for its writer
+                opening = functools.partial(open, path, "rb", buffering=0)
+                file = stack.enter_context(waiter.run_in_thread(opening, None))
             except OSError as error:
                 raise UsageError(
                     f"cannot read {utf8_argument(path)}: {os_reason(error)}") from error
@@ -7679,16 +7979,21 @@ def open_requests(path):
         yield LineReader(descriptor, os.fstat(descriptor).st_size)
 
 @contextlib.contextmanager
-def open_results(path):
+def open_results(path, waiter):
     """Yield a descriptor that appends to the file *path*, which is made if missing and locked."""
-    try:
-        file = open(path, "ab", buffering=0)
-    except OSError as error:
-        raise UsageError(f"cannot write {utf8_argument(path)}: {os_reason(error)}") from error
-    with file, locked(path) as is_ours:
-        if not is_ours:
+    with contextlib.ExitStack() as stack:
+        descriptor = stack.enter_context(open_for_append(path, waiter))
+        if os.path.isfile(path) and not stack.enter_context(locked(path)):
             raise UsageError(f"another process writes to {utf8_argument(path)}")
-        yield file.fileno()
+        yield descriptor
+
+def check_other_file(source, target):
+    """Raise UsageError where the descriptors *source* and *target* are the same regular file."""
+    import stat
+
+    is_file = stat.S_ISREG(os.fstat(target).st_mode)
+    if is_file and os.path.sameopenfile(source, target):
+        raise UsageError("the requests are read from the file that the results go to")
 
 def _show_requests(reader, build, settings, console):
     while not reader.is_exhausted():
@@ -7703,7 +8008,8 @@ def _show_requests(reader, build, settings, console):
 
 def run_batch(options, console):
     """Ask a question for each line of the input; return the exit status of the first failure."""
-    if is_text_wanted(options) and options.results:
+    prints_text = options.output in ("text", "table")
+    if prints_text and options.results:
         raise UsageError("-o text goes to standard output: give --results or -o text, not both")
     load_schema(options)
     allow_connections(options.concurrency)
@@ -7711,7 +8017,7 @@ def run_batch(options, console):
         settings = stack.enter_context(open_settings(options, console))
         build = functools.partial(parse_batch_line, sampling=build_sampling(options),
                                   settings=settings, system=system_prompt(options))
-        reader = stack.enter_context(open_requests(options.file))
+        reader = stack.enter_context(open_requests(options.file, console.waiter))
         if settings.dry_run:
             _show_requests(reader, build, settings, console)
             return EXIT_OK
@@ -7719,13 +8025,16 @@ def run_batch(options, console):
         if not console.out.is_terminal and sys.stdout:
             descriptor = sys.stdout.fileno()
         if options.results:
-            descriptor = stack.enter_context(open_results(options.results))
+            descriptor = stack.enter_context(open_results(options.results, console.waiter))
+        if descriptor is not None:
+            check_other_file(reader.descriptor, descriptor)
         progress = Progress(console)
-        is_ordered = options.ordered or is_text_wanted(options)
+        is_ordered = options.ordered or prints_text
         writer = ResultWriter(descriptor, is_ordered, console, progress)
         batch = Batch(options, settings, console, build, reader, writer, progress)
-        if options.results:
-            batch.answered_before = read_answered(options.results)
+        batch.prints_text = prints_text
+        if options.results and os.path.isfile(options.results):
+            batch.answered_before = read_answered(options.results, console)
         try:
             batch.run()
         finally:
@@ -7734,16 +8043,20 @@ def run_batch(options, console):
                 console.note(batch.summary())
             elif not console.quiet:
                 console.print_line(batch.summary(), dim=True)
+            warning = batch.warning()
+            if warning:
+                console.warn(warning)
     return batch.first_failure and batch.first_failure[1]
+
 # -- Bench ------------------------------------------------------------------------------------
 
 DEFAULT_CONCURRENCY = 4
 DEFAULT_DURATION_SECONDS = 30
 DEFAULT_PROMPT_TOKENS = 128
 DEFAULT_BENCH_MAX_TOKENS = 128
-MADE_UP_PROMPTS = 32  # that take turns
+GENERATED_PROMPTS = 32  # used round-robin
 DRAIN_SECONDS = 30  # for requests in flight at the end of a run
-REST_SECONDS = 1  # of a slot after a failure
+BACKOFF_SECONDS = 1  # of a slot after a failure
 FAILURES_TO_STOP = 20  # in a row
 MAX_UNFINISHED = 1000  # with --rate
 MAX_LAG_MS = 5  # at p99: over it the figures are not to be trusted
@@ -7764,6 +8077,12 @@ METRICS = ("ttft, tpot, itl, e2e, wait or connect with .mean .p50 .p90 .p95 .p99
            "lag.p50, lag.p99, lag.max, tok/s, req/s; errors or slo, also in %")
 LOAD_OPTIONS = ("concurrency", "rate", "duration", "requests", "warmup", "prompt_tokens",
                 "max_tokens", "cached", "seed", "no_keepalive", "model")  # that --save keeps
+RUN_START = '{"run":"'  # of each line of --save
+MAX_SAVED_NUMBER = 10 ** 15
+SAVED_TEXTS = ("run", "endpoint", "load", "finish_reason", "error")
+SAVED_OBJECTS = {"lag_ms": LAG_STATISTICS, "slo": ("ttft_ms", "tpot_ms")}
+SAVED_OPTIONAL = ("slo", "wait_ms", "connect_ms", "ttft_ms", "e2e_ms", "input_tokens",
+                  "cached_tokens", "finish_reason", "error")  # may be None
 BENCH_WORDS = ("time river stone light quick green table seven paper north cloud music field "
                "early glass white train happy small bread ocean plain round sharp winter garden "
                "number letter doctor simple yellow market").split()
@@ -7838,7 +8157,7 @@ def _parse_numbers(text, convert, words):
         raise argparse.ArgumentTypeError(f"must be {words}, or several with commas")
     return values
 
-def parse_loads_whole(text):
+def parse_concurrencies(text):
     """Return the whole numbers of "N[,N...]" (for argparse's type=)."""
     return _parse_numbers(text, int, "a whole number from 1 to 10000")
 
@@ -7961,7 +8280,15 @@ class BenchSet:
                 self.runs.append(run._replace(requests=requests))
                 self.requests += requests
         self.good = [one for one in self.requests if one.error is None]
-        self.groups = 0  # runs, or runs at the same time, one after the other
+        output = sum(self.values("output_tokens"))
+        chunks = sum(self.values("chunks"))
+        self.output_tokens = output
+        self.tokens_per_chunk = None
+        if chunks:
+            self.tokens_per_chunk = output / chunks
+        rates = self._rates()
+        # The last one is the number of run groups; runs that overlap form one group.
+        self.token_rate, self.request_rate, self.seconds, self.groups = rates
 
     def values(self, name):
         """Return the known values of an attribute of the requests that ended well."""
@@ -7974,12 +8301,6 @@ class BenchSet:
         """Return the result as -o json has it."""
         errors = [request.error for request in self.requests]
         failures = [error for error in errors if error not in (None, UNFINISHED, NOT_SENT)]
-        output = sum(self.values("output_tokens"))
-        chunks = sum(self.values("chunks"))
-        chunk_tokens = None
-        if chunks:
-            chunk_tokens = output / chunks
-        tokens_rate, request_rate, seconds, self.groups = self._rates(chunk_tokens or 1)
         result = {
             "endpoint": self.endpoint,
             "load": self.load,
@@ -7988,23 +8309,24 @@ class BenchSet:
             "unfinished": errors.count(UNFINISHED),
             "not_sent": errors.count(NOT_SENT),
             "errors": {name: failures.count(name) for name in sorted(set(failures))},
-            "seconds": seconds,
+            "seconds": self.seconds,
         }
         for name in BENCH_TIMES:
             result[name] = summary(self.values(name))
         result.update(
-            output_tokens_per_second=tokens_rate,
-            requests_per_second=request_rate,
+            output_tokens_per_second=self.token_rate,
+            requests_per_second=self.request_rate,
             input_tokens=sum(self.values("input_tokens")),
-            output_tokens=output,
+            output_tokens=self.output_tokens,
             cached_tokens=sum(self.values("cached_tokens")),
             exact=all(self.values("exact")),
-            tokens_per_chunk=chunk_tokens,
+            tokens_per_chunk=self.tokens_per_chunk,
             slo=self._count_targets(),
         )
         return result
 
-    def _rates(self, chunk_tokens):
+    def _rates(self):
+        chunk_tokens = self.tokens_per_chunk or 1
         ends = self.values("e2e_ms")
         usual_ms = sum(ends) / max(1, len(ends))
         spans = []
@@ -8032,12 +8354,11 @@ class BenchSet:
     def notes(self, result):
         """Return sentences on what a reader of *result* may not expect."""
         notes = []
-        if 0 < result["ok"] < 100:
-            requests = plural(result["ok"], "request")
-            notes.append(f"p99 of {requests} is little more than their slowest one")
+        if 1 < result["ok"] < 100:
+            notes.append(f"p99 of {result['ok']} requests is little more than their slowest one")
         per_chunk = result["tokens_per_chunk"] or 1
         if not result["exact"]:
-            notes.append("the server tells no token counts: ~ marks counts of chunks")
+            notes.append("the server sent no token counts: ~ marks counts of chunks")
         elif abs(per_chunk - 1) > 0.05:
             notes.append(f"ITL is by chunk, and a chunk holds {per_chunk:.1f} tokens")
         if self.groups > 1:
@@ -8070,6 +8391,16 @@ def compare_medians(values, others, random):
 
 # Saved runs
 
+def read_finite(path):
+    """Return the bytes of the file or pipe *path*; raise UsageError for a device or a folder."""
+    import stat
+
+    with contextlib.suppress(OSError):  # read_file() tells it
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
+            raise UsageError(f"cannot read {utf8_argument(path)}: it is neither a file nor a pipe")
+    return read_file(path)
+
 def save_lines(run):
     """Return the text that saves a BenchRun: a line of JSON for its head, and one a request."""
     head = run._asdict()
@@ -8079,23 +8410,79 @@ def save_lines(run):
         lines.append(json_text(request._asdict()))
     return "\n".join(lines) + "\n"
 
-def parse_saved_runs(text, path):
-    """Return the BenchRuns that *text*, read from *path*, holds; raise UsageError for others.
+def _is_saved_number(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= MAX_SAVED_NUMBER
 
-    A last line that is half written is left out.
+def _is_saved_value(name, value):
+    """Return whether save_lines() writes such a *value* in the field *name*."""
+    if value is None and name in SAVED_OPTIONAL or name in ("version", "options"):
+        return True
+    if name in SAVED_TEXTS:
+        return isinstance(value, str)
+    if name == "exact":
+        return isinstance(value, bool)
+    numbers = [value]
+    if name in ("itl_ms", "window_ms"):
+        numbers = value
+        if not isinstance(value, list) or name == "window_ms" and len(value) != 2:
+            return False
+    elif name in SAVED_OBJECTS:
+        if not isinstance(value, dict) or set(value) != set(SAVED_OBJECTS[name]):
+            return False
+        numbers = list(value.values())
+        if name == "slo":  # one target may be missing
+            numbers = filter(None, numbers)
+    return all(map(_is_saved_number, numbers))
+
+def _add_saved_line(line, runs):
+    """Add what *line* holds to *runs*, id -> BenchRun; raise ValueError, LookupError, TypeError."""
+    fields = parse_json(line)
+    for name, value in fields.items():
+        if not _is_saved_value(name, value):
+            raise ValueError(name)
+    name = fields["run"]
+    if "began" in fields:
+        runs[name] = BenchRun(requests=[], **fields)
+        return
+    if fields["load"] != runs[name].load:
+        raise ValueError("load")
+    runs[name].requests.append(BenchRequest(**fields))
+
+def parse_saved_runs(text, path):
+    """Return the BenchRuns that *text*, read from *path*, holds.
+
+    Raise UsageError for any other text.  A last line that is half written is left out.
     """
     runs = {}
-    try:
-        for line in filter(None, text.split("\n")[:-1]):
-            fields = parse_json(line)
-            name = fields["run"]
-            if "began" in fields:
-                runs[name] = BenchRun(requests=[], **fields)
-            else:
-                runs[name].requests.append(BenchRequest(**fields))
-    except (ValueError, LookupError, TypeError) as error:
-        raise UsageError(f"{path} holds other things than lines of bench --save") from error
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        if not line:
+            continue
+        try:
+            _add_saved_line(line, runs)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UsageError(f"line {number} of {path} is not one of bench --save") from error
     return list(runs.values())
+
+def mend_saved_runs(path):
+    """Cut off a half-written line at the end of the file *path*, to which runs are to be added.
+
+    Raise UsageError for a file of something else, which stays as it is.
+    """
+    shown = utf8_argument(path)
+    data = read_finite(path)
+    whole, _, rest = data.rpartition(b"\n")
+    text, _ = decode_text(whole + b"\n")
+    parse_saved_runs(text, shown)
+    if not rest:
+        return
+    start = RUN_START.encode("ascii")
+    if not rest.startswith(start) and not (whole and start.startswith(rest)):
+        raise UsageError(f"the last line of {shown} is not one of bench --save")
+    try:
+        _mend_end(path, len(data) - len(rest), is_whole=False)
+    except OSError as error:
+        raise UsageError(f"cannot mend {shown}: {os_reason(error)}") from error
 
 # A run
 
@@ -8107,8 +8494,7 @@ class BenchTarget:
         self.wanted = options.requests or float("inf")
         self._settings = settings
         self._route = find_route(endpoint_url(settings.base_url, settings.endpoint, CHAT_PATH))
-        self.fields = dict(sampling.fields)  # of the body, for this endpoint
-        self._sampling = sampling._replace(fields=self.fields)
+        self.sampling = sampling._replace(fields=dict(sampling.fields))  # for this endpoint
         self._prompts = prompts
         self._options = options
         self.restart([])
@@ -8132,7 +8518,7 @@ class BenchTarget:
         messages = [{"role": "user", "content": prompt}]
         if self._options.system is not None:
             messages.insert(0, {"role": "system", "content": self._options.system})
-        request = build_chat_request(self._sampling, self._settings, messages, True)
+        request = build_chat_request(self.sampling, self._settings, messages, True)
         self.sent += 1
         return Exchange(request, self._route, self._settings)
 
@@ -8191,7 +8577,7 @@ class BenchRunner:
         gc.disable()
         began = time.time()
         self._began = time.monotonic()
-        self._loop.restart_beats()
+        self._loop.start_lag_sampling()
         first_launches = [self._began]
         if self._kind == "c":
             step = self._ramp / self._amount
@@ -8263,7 +8649,7 @@ class BenchRunner:
         target.in_flight -= 1
         error = find_failure(exchange)
         name = None
-        rest = 0
+        backoff = 0
         if error is None:
             target.failures = 0
         else:
@@ -8272,12 +8658,12 @@ class BenchRunner:
             name = error.kind
             if error.status:
                 name += f" (HTTP {error.status})"
-            rest = REST_SECONDS
+            backoff = BACKOFF_SECONDS
             if error.retry_after is not None:
-                rest = min(error.retry_after, MAX_RETRY_DELAY_SECONDS)
+                backoff = min(error.retry_after, MAX_RETRY_DELAY_SECONDS)
         self._keep(exchange, target, name)
         if self._kind == "c":
-            target.free_at.append(time.monotonic() + rest)
+            target.free_at.append(time.monotonic() + backoff)
 
     def _keep(self, exchange, target, error):
         reply = exchange.reply
@@ -8337,9 +8723,9 @@ def warm_up(loop, target, count):
         error = find_failure(finished[0])
         if error is None:
             continue
-        if not refuses_stream_options(error) or "stream_options" in target.fields:
+        if not refuses_stream_options(error) or "stream_options" in target.sampling.fields:
             raise error
-        target.fields["stream_options"] = None  # then it is not sent
+        target.sampling.fields["stream_options"] = None  # then it is not sent
         target.sent -= 1
 
 # The report
@@ -8363,7 +8749,7 @@ def build_bench_document(sets, conditions, interrupted):
         "results": results,
     }
 
-def fixed(value, decimals, columns):
+def format_number(value, decimals, columns):
     """Return *value* right-aligned in *columns*, with fewer decimals if need be; "-" for None."""
     if value is None:
         return "-".rjust(columns)
@@ -8377,22 +8763,22 @@ def _time_cell(result, name, statistic, decimals, columns):
     value = result[name][statistic]
     if value is not None and name == "e2e_ms":
         value /= 1000
-    return fixed(value, decimals, columns)
+    return format_number(value, decimals, columns)
 
 def _row_figures(result, styled):
     line = ""
     for name, statistic, decimals in TABLE_TIMES:
         line += _time_cell(result, name, statistic, decimals, 7)
-    rate = fixed(result["output_tokens_per_second"], 1, 7)
+    rate = format_number(result["output_tokens_per_second"], 1, 7)
     if not result["exact"]:
         rate = "~" + rate.lstrip()
-    line += rate.rjust(8) + fixed(result["requests_per_second"], 2, 7)
+    line += rate.rjust(8) + format_number(result["requests_per_second"], 2, 7)
     if not result["slo"]:
-        return line + fixed(metric_value("errors", result), 0, 9)
+        return line + format_number(metric_value("errors", result), 0, 9)
     share = metric_value("slo%", result)
     if share is None:
-        return line + fixed(share, 0, 9)
-    cell = fixed(share, 1, 7) + " %"
+        return line + format_number(share, 0, 9)
+    cell = format_number(share, 1, 7) + " %"
     if styled and share < 100:
         cell = RED + cell + RESET
     return line + cell
@@ -8512,14 +8898,14 @@ def report_lines(document, sets, output):
 # The command
 
 def read_prompts(options, console):
-    """Return the prompts in the file of --prompts, one a line, or made-up ones."""
+    """Return the prompts in the file of --prompts, one a line, or generated ones."""
     from random import Random
 
     prompts = []
     path = options.prompts
     if path is None:
         random = Random(options.seed)
-        for _ in range(MADE_UP_PROMPTS):
+        for _ in range(GENERATED_PROMPTS):
             count = options.prompt_tokens or DEFAULT_PROMPT_TOKENS
             words = [random.choice(BENCH_WORDS) for _ in range(count)]
             prompts.append(" ".join(words))
@@ -8527,7 +8913,7 @@ def read_prompts(options, console):
     if path == "-":
         data = console.read_stdin() or b""
     else:
-        data = read_file(path)
+        data = read_finite(path)
     lines = decode_prompt(data, path).split("\n")
     prompts = [line for line in lines if line.strip()]
     if not prompts:
@@ -8565,7 +8951,7 @@ def build_targets(options, settings, console):
         targets.append(BenchTarget(settings, sampling, prompts, options))
     return targets
 
-def describe_bound(options, loads):
+def describe_bound(options, loads, most_tokens):
     """Return one line: what is going to be sent, and for how long."""
     limits = []
     if options.duration:
@@ -8577,22 +8963,60 @@ def describe_bound(options, loads):
     parts = [f"at each endpoint: {options.warmup} to warm up"]
     for kind, amount in loads:
         parts.append(f"then {amount:g} {units[kind]} for {until}")
-    tokens = options.max_tokens or DEFAULT_BENCH_MAX_TOKENS
-    return ", ".join(parts) + f"; {tokens} tokens at most"
+    tokens = "no limit of tokens"
+    if most_tokens is not None:
+        tokens = f"{most_tokens} tokens at most"
+    return ", ".join(parts) + "; " + tokens
 
-def save_run(run, path, console):
-    """Append a BenchRun to the file *path*; '-' is standard output."""
-    if path == "-":
-        console.write(save_lines(run))
-        return
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(save_lines(run))
-    except OSError as error:
-        raise OutputError(f"cannot write {utf8_argument(path)}: {os_reason(error)}") from error
+class RunSaver:
+    """Appends BenchRuns to the file *path*; '-' is standard output, None saves nothing.
 
-def measure_loads(options, targets, loads, console):
-    """Return the BenchRuns of *loads*, one after the other, and the signal that ended them."""
+    A failure is told and ends no run; nothing is saved after it.
+    """
+
+    def __init__(self, path, console):
+        self.has_failed = False
+        self._path = path
+        self._console = console
+        self._stack = contextlib.ExitStack()
+        self._descriptor = None
+
+    def __enter__(self):
+        if self._path in (None, "-"):
+            return self
+        if os.path.isfile(self._path):
+            mend_saved_runs(self._path)
+        opening = open_for_append(self._path, self._console.waiter)
+        self._descriptor = self._stack.enter_context(opening)
+        return self
+
+    def __exit__(self, *error):
+        self._stack.close()
+
+    def save(self, run):
+        """Append *run*, unless an earlier one failed."""
+        if self._path == "-":
+            self._console.write(save_lines(run))
+        elif self._descriptor is not None and not self.has_failed:
+            self._append(memoryview(save_lines(run).encode("utf-8", "replace")))
+
+    def _append(self, rest):
+        try:
+            if os.path.isfile(self._path):
+                while rest:  # whole, as a rule: another process may append too
+                    rest = rest[os.write(self._descriptor, rest):]
+            while rest:
+                rest = write_piece(self._descriptor, rest, self._console.waiter)
+        except OSError as error:
+            message = f"cannot write {utf8_argument(self._path)}: {os_reason(error)}"
+            self._console.print_error(OutputError(message))
+            self.has_failed = True
+
+def measure_loads(options, targets, loads, saver, console):
+    """Return the BenchRuns of *loads*, one after the other, and the signal that ended them.
+
+    Each is handed to the RunSaver *saver*.
+    """
     runs = []
     progress = Progress(console)
     with contextlib.closing(RequestLoop(console.waiter, not options.no_keepalive)) as loop:
@@ -8602,8 +9026,7 @@ def measure_loads(options, targets, loads, console):
             runner = BenchRunner(loop, targets, load, options, progress)
             runs.append(runner.measure())
             progress.clear()
-            if options.save:
-                save_run(runs[-1], options.save, console)
+            saver.save(runs[-1])
             if runner.interrupt or runner.stopped:
                 break
     return runs, runner.interrupt
@@ -8632,7 +9055,7 @@ def show_runs(options, runs, interrupt, console):
     elif sets and options.save != "-":
         lines = report_lines(document, sets, console.out)
         if options.demo:
-            lines.append("note: practice: --demo shares this process, and its time")
+            lines.append("note: practice: --demo runs in this process, so the figures mean nothing")
         console.write_styled("\n".join(lines) + "\n")
     if document["failed_conditions"]:
         return EXIT_CONDITION
@@ -8643,8 +9066,11 @@ def show_saved_runs(options, console):
     console.json = options.output == "json"
     runs = []
     for path in options.report:
-        text, _ = decode_text(read_file(path))
+        text, _ = decode_text(read_finite(path))
         runs += parse_saved_runs(text, utf8_argument(path))
+    if not any(run.requests for run in runs):
+        paths = ", ".join(map(utf8_argument, options.report))
+        raise UsageError(f"there are no saved requests in {paths}")
     return show_runs(options, runs, None, console)
 
 def run_bench(options, console):
@@ -8667,12 +9093,17 @@ def run_bench(options, console):
             return EXIT_OK
         allow_connections(connections * len(targets))
         if console.err.is_terminal and not console.quiet:
-            console.print_line(describe_bound(options, loads), dim=True)
-        runs, interrupt = measure_loads(options, targets, loads, console)
+            limit = token_limit(targets[0].sampling)
+            console.print_line(describe_bound(options, loads, limit), dim=True)
+        with RunSaver(options.save, console) as saver:
+            runs, interrupt = measure_loads(options, targets, loads, saver, console)
     status = show_runs(options, runs, interrupt, console)
     if interrupt:
         raise interrupt
+    if saver.has_failed:
+        return EXIT_FAILURE
     return status
+
 # -- Shell completion -------------------------------------------------------------------------
 
 # The scripts below call `xeroctl __describe WORD...` at each Tab.  It prints what may stand in
@@ -8784,6 +9215,7 @@ def find_candidates(parser, waiting, word):
         if parser.argument:
             found.update(dict.fromkeys(_values(parser.argument), ""))
     return [pair for pair in found.items() if pair[0].startswith(word) or pair[0] == FILES_ROW]
+
 # -- Command line -----------------------------------------------------------------------------
 
 # The options of a command are written as its help shows them: a title, then a line such as
@@ -8803,7 +9235,7 @@ TARGET_OPTIONS = ENDPOINT_OPTION + """
 """
 COMMON_OPTIONS = f"""
 Output
-  -o, --output FORM          text or json (table, of other tools, is text)
+  -o, --output FORM          text or json (table means text)
   -q, --quiet                no spinner, notes or footer
   -v, --verbose              show the HTTP exchange on stderr
   --dry-run                  print the request as a curl command; send nothing
@@ -8815,29 +9247,29 @@ Endpoint
   -H, --header NAME:VALUE    add or replace a header; repeatable
 Connection
   --connect-timeout SECONDS  limit for connecting (default: {DEFAULT_CONNECT_TIMEOUT_SECONDS})
-  --timeout SECONDS          limit for silence of the server (default: {DEFAULT_TIMEOUT_SECONDS})
+  --timeout SECONDS          longest silence of the server (default: {DEFAULT_TIMEOUT_SECONDS})
   --cacert FILE              trust the authorities in this PEM file
 """
 GLOBAL_OPTIONS = COMMON_OPTIONS + f"""
-  --retries N                tries after a failure that may pass (default: {DEFAULT_RETRIES})
+  --retries N                retries after a transient failure (default: {DEFAULT_RETRIES})
 """
 ASKING_OPTIONS = TARGET_OPTIONS + GLOBAL_OPTIONS
 SYSTEM_OPTIONS = """
 Message
   --system TEXT              system message
-  --from-file FILE           system message from a file; beats --system
+  --from-file FILE           system message from a file; overrides --system
 """
 CHAT_OPTIONS = """
 Message
   -m, --message TEXT         what to say; '-', or no -m, reads standard input
   -a, --attach FILE          add a text, image or sound; '-': stdin; repeatable
   -i, --interactive          hold a conversation; /help tells more
-  -c, --continue             go on with the newest conversation
+  -c, --continue             continue the newest conversation
   --conversation FILE        keep the conversation in FILE, and go on with it
   --no-history               keep neither inputs nor conversation
 Output
   --stream, --no-stream      print the answer as it comes, or whole
-  -x, --extract              print the first code block alone
+  -x, --extract              print only the first code block
   --plain                    no styles and no word wrap on a terminal
   --show-usage               print token counts and the id on stderr
   --show-reasoning           print the model's reasoning on stderr
@@ -8851,7 +9283,7 @@ Sampling
   --model NAME               model name to send (default: the endpoint)
   --max-tokens N             limit for the answer, in tokens
   --param NAME=VALUE         any body field, as JSON, text or @FILE; repeatable
-  --slo-ttft MS, --slo-tpot MS  targets: first token, each further one
+  --slo-ttft MS, --slo-tpot MS  latency targets (TTFT, TPOT) sent as headers
 """
 SAMPLING_OPTIONS = MODEL_OPTIONS + """
   --temperature X            sampling temperature, 0 to 2
@@ -8863,9 +9295,9 @@ SAMPLING_OPTIONS = MODEL_OPTIONS + """
   --store                    have the server keep the completion
   --metadata NAME=VALUE      tag of a completion that is kept; repeatable
 """
-BATCH_OPTIONS = """
+BATCH_OPTIONS = f"""
 Results
-  --concurrency N            requests in flight at once (default: 8)
+  --concurrency N            requests in flight at once (default: {DEFAULT_BATCH_CONCURRENCY})
   --ordered                  keep the order of the requests
   --results FILE             append to FILE; ask only what it does not answer
   --max-failures N           end after N failed requests
@@ -8874,25 +9306,25 @@ Examples
   xeroctl batch -e my-endpoint --results answers.jsonl requests.jsonl
   xeroctl batch --demo -o text < questions.txt
 """
-BENCH_OPTIONS = """
+BENCH_OPTIONS = f"""
 Message
-  --prompt-tokens N          length of made-up prompts (default: about 128)
-  --prompts FILE             ask these instead, one a line; '-': stdin
-  --cached                   send prompts without a mark against caches
+  --prompt-tokens N          length of made-up prompts (default: about {DEFAULT_PROMPT_TOKENS})
+  --prompts FILE             ask these instead, one per line; '-': stdin
+  --cached                   do not make prompts unique: a cache can hit
   --system TEXT              system message
 Sampling
   --seed N                   seed of prompts and arrival times (default: 0)
 Load
-  --concurrency N[,N...]     in flight at each endpoint (default: 4)
+  --concurrency N[,N...]     in flight at each endpoint (default: {DEFAULT_CONCURRENCY})
   --rate R[,R...]            instead: start R a second, at random times
-  --duration SECONDS         length of each run (default: 30)
-  --requests N               end a run after N requests an endpoint
+  --duration SECONDS         length of each run (default: {DEFAULT_DURATION_SECONDS})
+  --requests N               end a run after N requests per endpoint
   --warmup N                 first requests, not measured (default: 1 each)
   --no-keepalive             open a connection for each request
 Results
   --fail-if CONDITION        status 10 where 'ttft.p95>800' holds; repeatable
-  --save FILE                append a line a request; '-': in place of report
-  --report FILE ...          report on these saved runs; ask nobody
+  --save FILE                append a line per request; '-': replaces report
+  --report FILE ...          report on these saved runs; send nothing
 Endpoint
   -e, --endpoint SLUG        endpoint to measure; repeatable
   --demo                     ask a practice endpoint inside this process
@@ -8945,18 +9377,15 @@ def completion_id(text):
         raise _must_be("letters, digits, '.', '_' and '-'", text)
     return text
 
-def number(words, low, high, convert=int):
-    """Return the type of numbers from *low* to *high*; *words* say to a user what they are."""
-    def parse_number(text):
+def number(convert, low, high):
+    """Return the type of numbers from *low* to *high*, made by *convert* (int or float)."""
+    def parse(text):
         try:
-            value = convert(text)
-        except ValueError:
-            raise _must_be(words, text) from None
-        if not low <= value <= high:
-            raise _must_be(words, text)
-        return value
+            return parse_number(text, convert, low, high)
+        except ValueError as error:
+            raise _must_be(error, text) from None
 
-    return parse_number
+    return parse
 
 def one_of(choices):
     """Return the type of words that are one of *choices*."""
@@ -9010,34 +9439,31 @@ def parse_header(text):
 # from.  Any other value is a text.
 TYPES = {
     "--after": utf8_text,
-    "--duration": number("a number from 0.1 to 1000000", 0.1, MAX_TIMEOUT_SECONDS, float),
-    "--frequency-penalty": number("a number from -2 to 2", -2, 2, float),
-    "--limit": number("a whole number from 1 to 100", 1, 100),
+    "--duration": number(float, 0.1, MAX_TIMEOUT_SECONDS),
+    "--limit": number(int, 1, 100),
     "--message": str,  # run_chat refuses what is not UTF-8
     "--model": utf8_text,
     "--output": ("text", "json", "table"),
     "--param": parse_field,
-    "--presence-penalty": number("a number from -2 to 2", -2, 2, float),
-    "--retries": number("a whole number from 0 to 1000", 0, 1000),
-    "--seed": number("a whole number", -MAX_NUMBER, MAX_NUMBER),
-    "--temperature": number("a number from 0 to 2", 0, 2, float),
-    "--top-p": number("a number from 0 to 1", 0, 1, float),
-    "--warmup": number("a whole number from 0 to 1000", 0, 1000),
+    "--retries": number(int, 0, 1000),
+    "--warmup": number(int, 0, 1000),
     "CONDITION": parse_condition,
     "FILE": native_path,
     "ID": completion_id,
     "KEY": check_api_key,
-    "MS": number("a whole number of at least 1", 1, MAX_NUMBER),
-    "N": number("a whole number of at least 1", 1, MAX_NUMBER),
-    "N[,N...]": parse_loads_whole,
+    "MS": number(int, 1, MAX_NUMBER),
+    "N": number(int, 1, MAX_NUMBER),
+    "N[,N...]": parse_concurrencies,
     "NAME": check_deployment_name,
     "NAME:VALUE": parse_header,
     "NAME=VALUE": parse_pair,
     "ORDER": ("asc", "desc"),
     "R[,R...]": parse_rates,
-    "SECONDS": number("a number from 0.001 to 1000000", 0.001, MAX_TIMEOUT_SECONDS, float),
+    "SECONDS": number(float, 0.001, MAX_TIMEOUT_SECONDS),
     "SHELL": tuple(SHELLS),
 }
+TYPES.update(("--" + name.replace("_", "-"), number(*limits))
+             for name, limits in SAMPLING_RANGES.items())
 
 class TextAction(argparse.Action):
     """The action of --help and --version: print a text and do nothing else."""
@@ -9053,7 +9479,7 @@ SPECIAL_OPTIONS = {
     "--no-stream": {"action": "store_false", "dest": "stream"},
     "--timeout": {"default": DEFAULT_TIMEOUT_SECONDS},
     "--version": {"action": TextAction, "nargs": 0, "const": f"xeroctl {__version__}\n"},
-    "batch --concurrency": {"default": 8},
+    "batch --concurrency": {"default": DEFAULT_BATCH_CONCURRENCY},
     "bench --endpoint": {"dest": "endpoints"},
     "bench --seed": {"default": 0},
     "bench --warmup": {"default": 1},
@@ -9136,6 +9562,7 @@ class Parser(argparse.ArgumentParser):
         self._rows = {title: [] for title in TITLES}  # lines of the help
         # Through a group of argparse: the parser itself tries out each help, slow on Python 3.14.
         self._group = self.add_argument_group()
+        rows = []  # of the title above
         for line in text.split("\n"):
             if line.startswith(" "):
                 rows.append(line)
@@ -9213,7 +9640,7 @@ class Parser(argparse.ArgumentParser):
         if name.startswith("the following arguments"):
             name, problem = problem, "is missing"
         elif problem.startswith("expected"):
-            problem = "needs a value"
+            problem = f"needs a value: one that begins with - is given as {name}=-x"
         elif problem.startswith("ignored explicit"):
             problem = "takes no value"
         raise UsageError(f"{name} {problem}")
@@ -9233,13 +9660,13 @@ class Parser(argparse.ArgumentParser):
         near = _nearest(word, self.commands)
         if near:
             raise UsageError(f"{self.prog} has no command {word}: did you mean {near}?")
-        problem = "takes no further word" + _quoted(" like ", word)
+        problem = "unexpected argument" + _quoted(" ", word)
         if self.commands:
-            problem = "has no such command" + _quoted(": ", word)
+            problem = f"{self.prog} has no such command" + _quoted(": ", word)
         advice = f"see {self.prog} --help"
         if "--message" in self.options:
             advice = "a message goes behind -m, in quotes"
-        raise UsageError(f"{self.prog} {problem}: {advice}")
+        raise UsageError(f"{problem}: {advice}")
 
     def usage_line(self):
         """Return the line of the help that shows how the command is written."""
@@ -9301,7 +9728,7 @@ def find_command(words):
         elif word and name in COMMANDS:
             parser = enter_command(name, parser, others)
             continue
-        elif name == "chat send":  # another client's spelling
+        elif name == "chat send":  # as the vendor's client spells it
             continue
         elif parser.commands:
             parser.refuse(others + [word])
@@ -9312,7 +9739,9 @@ def find_command(words):
 
 def parse_arguments(arguments):
     """Return the options of a command line; raise UsageError or TextRequested."""
-    parser, words, _ = find_command(arguments)
+    parser, words, waiting = find_command(arguments)
+    if waiting and _is_option(words[-1]) and waiting.nargs != "?":
+        raise UsageError(f"{waiting.option_strings[-1]} needs a value")
     own, unknown = parser.parse_known_args(words)
     if unknown:
         parser.refuse(unknown)

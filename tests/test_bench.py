@@ -3,6 +3,7 @@
 import argparse
 import collections
 import json
+import os
 import random
 import re
 import signal
@@ -311,10 +312,106 @@ def test_save_to_stdout(bench):
     assert [sorted(json.loads(line))[0] for line in done.stdout.decode().splitlines()] == ["began"] + 3 * ["cached_tokens"]
 
 
+@pytest.mark.parametrize("path", ["/nonexistent/x", "/", "."])
+def test_a_file_that_cannot_be_saved_to_asks_nobody(bench, endpoint, path):
+    before = len(endpoint.log())
+    done = bench("blue", "--requests", "2", "--save", path)
+    assert (done.status, done.stderr.count(b"\n"), b"cannot write " + path.encode() in done.stderr) == (2, 1, True)
+    assert len(endpoint.log()) == before
+
+
+def test_a_failed_save_ends_no_run(bench):
+    done = bench("blue", "--requests", "2", "--concurrency", "1,2", "--save", "/dev/full")
+    assert (done.status, done.stderr.count(b"cannot write /dev/full")) == (1, 1)
+    assert done.stdout.count(b"2 of 2 done") == 2
+
+
+def test_a_half_written_line_is_cut_off(bench, run, tmp_path):
+    path = tmp_path / "saved.jsonl"
+    for end in (b"", b'{"ru', b'{"run":"a","loa'):
+        before = path.read_bytes() if path.exists() else b""
+        path.write_bytes(before + end)
+        assert bench("blue", "--requests", "2", "--save", str(path)).status == 0
+        assert path.read_bytes().startswith(before + b'{"run":"')
+    report = run("bench", "--report", str(path), "-o", "json")
+    assert json.loads(report.stdout.decode())["results"][0]["ok"] == 6
+
+
+@pytest.mark.parametrize("text", [b"my notes", b"my notes\n", b"{}\n", b"{", b'{"id":"x', b"\xff\n", b"[1]\n"], ids=str)
+def test_runs_are_not_saved_to_a_file_of_something_else(bench, endpoint, tmp_path, text):
+    path = tmp_path / "notes"
+    path.write_bytes(text)
+    before = len(endpoint.log())
+    done = bench("blue", "--requests", "2", "--save", str(path))
+    assert (done.status, done.stderr.count(b"\n"), path.read_bytes()) == (2, 1, text)
+    assert len(endpoint.log()) == before
+
+
+def test_save_to_a_pipe(start, endpoint, tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(str(path))
+    child = start("bench", "-e", "blue", "--base-url", endpoint.url, "--requests", "3", "--save", str(path))
+    assert path.read_bytes().count(b"\n") == 4
+    assert child.finish().status == 0
+
+
 def test_a_report_of_something_else(run, tmp_path):
     path = tmp_path / "other"
     path.write_text("{}\n")
     assert run("bench", "--report", str(path)).status == 2
+
+
+@pytest.mark.parametrize("name, value", [
+    ("load", 5), ("load", "c=2"), ("endpoint", None), ("output_tokens", None), ("output_tokens", "9"), ("cached_tokens", []), ("error", {}),
+    ("error", 5), ("itl_ms", None), ("itl_ms", ["1"]), ("itl_ms", 5), ("ttft_ms", "1"), ("start_ms", None), ("e2e_ms", 1e16),
+    ("exact", None), ("input_tokens", True), ("finish_reason", []), ("run", []), ("other", 1), ("start_ms", 10 ** 400),
+], ids=str)
+def test_an_odd_request_is_named_by_its_line(run, xeroctl, tmp_path, name, value):
+    check_odd_line(run, xeroctl, tmp_path, 3, name, value)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("run", None), ("load", 5), ("began", None), ("began", "1"), ("window_ms", [1]), ("window_ms", None), ("slo", {}), ("slo", 5),
+    ("slo", {"ttft_ms": "1", "tpot_ms": None}), ("lag_ms", {}), ("lag_ms", {"p50": 1, "p99": None, "max": 1}), ("lag_ms", None), ("requests", []),
+], ids=str)
+def test_an_odd_head_is_named_by_its_line(run, xeroctl, tmp_path, name, value):
+    check_odd_line(run, xeroctl, tmp_path, 1, name, value)
+
+
+def check_odd_line(run, xeroctl, tmp_path, number, name, value):
+    lines = xeroctl.save_lines(saved_run(xeroctl, [request(xeroctl), request(xeroctl)])).splitlines()
+    lines[number - 1] = json.dumps({**json.loads(lines[number - 1]), name: value})
+    path = tmp_path / "odd"
+    path.write_text("\n".join(lines) + "\n")
+    done = run("bench", "--report", str(path))
+    assert (done.status, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
+    assert f"line {number} of {path}".encode() in done.stderr
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+def test_a_report_of_nothing(run, xeroctl, tmp_path, has_head):
+    path = tmp_path / "empty"
+    path.write_text(xeroctl.save_lines(saved_run(xeroctl, [])) if has_head else "")
+    done = run("bench", "--report", str(path))
+    assert (done.status, done.stdout, done.stderr) == (2, b"", f"xeroctl: error: there are no saved requests in {path}\n".encode())
+
+
+@pytest.mark.parametrize("option", ["--report", "--prompts"])
+@pytest.mark.parametrize("path", ["/dev/zero", "/"])
+def test_devices_and_folders_are_not_read(run, option, path):
+    done = run("bench", "-e", "x", *NEVER_RUN, "--prompts", path) if option == "--prompts" else run("bench", "--report", path)
+    assert (done.status, done.stderr) == (2, f"xeroctl: error: cannot read {path}: it is neither a file nor a pipe\n".encode())
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("option", ["--report", "--prompts"])
+def test_a_pipe_without_another_end_is_not_deaf(start, tmp_path, option, number, status):
+    path = tmp_path / "pipe"
+    os.mkfifo(str(path))
+    child = start("bench", *(["-e", "x", *NEVER_RUN] if option == "--prompts" else []), option, str(path))
+    time.sleep(0.5)
+    child.signal(number)
+    assert child.finish().status == status
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

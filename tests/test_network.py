@@ -998,10 +998,10 @@ def test_a_request_leaves_from_any_thread(xeroctl, server):
 
 
 def test_a_request_is_not_redacted_for_nobody(xeroctl, server, monkeypatch):
-    def unasked(data):
-        raise AssertionError("nobody asked to see the request")
+    def show_lines(log, mark, lines):
+        assert mark != ">", "nobody asked to see the request"
 
-    monkeypatch.setattr(xeroctl, "redact_head", unasked)
+    monkeypatch.setattr(xeroctl.ConnectLog, "show_lines", show_lines)
     server.script(HELLO)
     arguments = [*ask(server.url + "/v1"), "-q"]
     settings = xeroctl.resolve_settings(xeroctl.parse_arguments(arguments), {}, xeroctl.Config("", None, {}, []), None)
@@ -1010,6 +1010,13 @@ def test_a_request_is_not_redacted_for_nobody(xeroctl, server, monkeypatch):
     reply = xeroctl.Reply()
     xeroctl.receive_answer(request, settings, console, reply)
     assert reply.text == "Hello!"
+
+
+def test_verbose_shows_rate_limits_and_no_cookie_of_the_server(chat, server):
+    server.script(json_response(completion(), headers={"Set-Cookie": "sess=abc123; Secure", "X-RateLimit-Remaining-Tokens": "99"}))
+    result = chat("-m", "Hi", "-v")
+    assert b"abc123" not in result.stderr and b"< Set-Cookie: ***\n" in result.stderr
+    assert b"< X-RateLimit-Remaining-Tokens: 99\n" in result.stderr
 
 
 def test_a_socket_that_cannot_be_wrapped_is_closed(xeroctl):
