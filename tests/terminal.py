@@ -99,6 +99,17 @@ class Child:
         self._read(time.monotonic())
         self._consumed = len(self._awaited)
 
+    def wait_until_handled(self, number):
+        """Return once the process has a handler for signal *number* (Linux tells in /proc)."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with open(f"/proc/{self.process.pid}/status") as file:
+                caught = re.search(r"SigCgt:\s*(\w+)", file.read())
+            if int(caught.group(1), 16) >> (number - 1) & 1:
+                return
+            select.select([], [], [], 0.01)
+        raise AssertionError(f"no handler for signal {number}")
+
     def signal(self, number):
         """Send signal *number* to the process alone."""
         self.process.send_signal(number)

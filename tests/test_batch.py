@@ -473,7 +473,7 @@ def test_a_pipe_without_another_end_is_not_deaf(start, endpoint, tmp_path, args,
     os.mkfifo(str(pipe))
     child = start("batch", "-e", "good", "--base-url", endpoint.url, *[arg.replace("PIPE", str(pipe)) for arg in args])
     child.end_input()
-    time.sleep(0.5)
+    child.wait_until_handled(signal.SIGTERM)
     child.signal(number)
     assert child.finish().status == status
 

@@ -409,7 +409,7 @@ def test_a_pipe_without_another_end_is_not_deaf(start, tmp_path, option, number,
     path = tmp_path / "pipe"
     os.mkfifo(str(path))
     child = start("bench", *(["-e", "x", *NEVER_RUN] if option == "--prompts" else []), option, str(path))
-    time.sleep(0.5)
+    child.wait_until_handled(signal.SIGTERM)
     child.signal(number)
     assert child.finish().status == status
 
