@@ -1815,7 +1815,6 @@ def test_a_keychain_that_nothing_here_can_read_is_named(ask, programs):
     assert (status, err) == (0, b"") and b"Authorization" in out
 
 
-@pytest.mark.smoke
 def test_a_signal_ends_the_wait_for_a_program_and_the_program(start, home, programs, driver, tmp_path):
     where = home(table(base_url="https://api.invalid/v1", api_key_command="pass"))
     for number in (signal.SIGINT, signal.SIGTERM):

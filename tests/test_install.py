@@ -213,7 +213,6 @@ def test_a_user_without_a_name_and_a_home_is_no_crash(command, env, server, unkn
     assert run(*ask(server, "-m", "Hi")) == (0, b"Hello!\n")
 
 
-@pytest.mark.smoke
 def test_an_environment_of_path_alone_is_enough(launch, tool, env, server):
     server.script(HELLO)
     alone = ["env", "-i", "PATH=" + env["PATH"]]
@@ -231,7 +230,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.smoke
 def test_a_current_folder_that_is_gone_is_no_crash(launch, tmp_path, server):
     def run(number, *args, stdin=b""):
         here = tmp_path / f"gone-{number}"

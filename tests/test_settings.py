@@ -330,7 +330,6 @@ ADDRESSES = {
 }
 
 
-@pytest.mark.smoke
 def test_a_base_url_becomes_this_request_target(start, server):
     server.always(HELLO)
     command = ["chat", "--endpoint", "my-endpoint", "-m", "hi"]

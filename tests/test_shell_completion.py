@@ -421,7 +421,6 @@ def test_no_config_offers_nothing_and_says_nothing(shell, config):
     assert shell.offers("--context", "") == []
 
 
-@pytest.mark.smoke
 def test_a_config_that_asks_for_json_changes_nothing(shell, config):
     config('output = "json"\n' + contexts_config(["prod"]))
     assert shell.offers("--context", "") == ["prod"]
