@@ -1856,18 +1856,6 @@ class _ChunkBuilder:
         self._add_held()
         return self.build(at)
 
-def parse_json_lines(text):
-    """Return the documents in *text*: it is one, or one on each line, as sloppy servers send.
-
-    Raise ValueError otherwise.
-    """
-    try:
-        return [parse_json(text.strip())]
-    except ValueError:
-        if "\n" not in text:
-            raise
-    return [parse_json(line) for line in text.split("\n") if line.strip()]
-
 def _source_line(text):
     """Return the JSON *text* if it can be printed as one line of valid JSON, else None."""
     if "NaN" in text or "Infinity" in text or "\n" in text:
@@ -2002,11 +1990,11 @@ class AnswerDecoder:
             return
         for text in texts:
             try:
-                parsed = parse_json_lines(text)
+                document = parse_json(text.strip())
             except ValueError:
                 self._fail(ServerError("the stream holds something that is not JSON", body=text))
                 return
-            self._add_documents(parsed, [None] * len(parsed))
+            self._add_documents([document], [None])
 
     def _add_documents(self, documents, sources):
         """Add *documents* up to the first that is an error; empty texts and null are skipped."""

@@ -384,8 +384,6 @@ SHAPES = [
          both()),
     wire("a new id in each chunk", stream(*({**part, "id": str(at)} for at, part in enumerate((HEL, LO, STOP))), DONE), both()),
     wire("names twice, the last counts", stream(data('{"choices": [{"delta": {"content": "no", "content": "Hello"}}]}'), STOP, DONE), both()),
-    wire("events without a blank line between them", stream_head() + b"".join(b"data: %b\n" % as_json(part) for part in (HEL, LO, STOP))
-         + b"\n" + DONE, both()),
     wire("JSON of a number", stream(HEL, data("7")), partly("Hel", 5, "error in the reply")),
     *[wire(f"JSON of {text}", stream(HEL, data(text), LO, STOP, DONE), both()) for text in ("null", '""')],
     wire("JSON of a list", stream(HEL, data('[{"message": "no"}]')), partly("Hel", 5, "error in the reply: no")),
