@@ -40,6 +40,7 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
     del sys.path[0]
 
 import argparse
+import collections
 import contextlib
 import functools
 import itertools
@@ -785,6 +786,7 @@ class ResponseDecoder:
         self.complete = False
         self.keeps_open = False  # another request can follow on the connection
         self.unread = b""
+        self.failure = None  # IncompleteError or ServerError: what is wrong with the body
         self._method = method
         self._received = bytearray()  # of the head
         self._head_bytes = 0  # of interim responses
@@ -793,16 +795,16 @@ class ResponseDecoder:
         self._frame = b"\r\n"  # unfinished bytes between chunks, with the line end before them
         self._is_compressed = False
         self._inflater = None  # of the gzip member or deflate stream that is being read
-        self._failure = None  # raised by the next call
+        self._match_size = re.compile(_CHUNK_SIZE).match
 
     def feed(self, data):
         """Return the bytes of the body that *data* brought, decompressed.
 
-        Raise WireError where it is not HTTP.  Of a broken body the good bytes are returned.  The
-        next call raises IncompleteError, or ServerError for bytes that cannot be decompressed.
+        Raise WireError where it is not HTTP.  Of a broken body the good bytes are returned, and
+        *failure* is set: the next call raises it.
         """
-        if self._failure:
-            raise self._failure
+        if self.failure:
+            raise self.failure
         if self.complete:
             self.unread += data
             return b""
@@ -811,7 +813,8 @@ class ResponseDecoder:
             if self.head is None:
                 return b""
         body = self._take(data)
-        self.has_body = self.has_body or bool(body)
+        if body:
+            self.has_body = True
         if self._is_compressed:
             body = self._inflate(body)
             if self.complete:
@@ -827,8 +830,8 @@ class ResponseDecoder:
         if self.head and may_end:
             self.complete = True
             self._check_compressed_end()
-        if self._failure:
-            raise self._failure
+        if self.failure:
+            raise self.failure
         if not self.complete:
             raise IncompleteError("closed the connection")
 
@@ -903,9 +906,8 @@ class ResponseDecoder:
         at = self._missing
         pieces = [data[:at]]
         available = len(data)
-        match_size = re.compile(_CHUNK_SIZE).match
         while at < available:
-            line = match_size(data, at)
+            line = self._match_size(data, at)
             if not line:
                 self._hold_chunk_size(data[at:])
                 break
@@ -924,7 +926,7 @@ class ResponseDecoder:
         """Keep the *line* of a chunk size until it is complete."""
         is_complete = line.find(b"\n", 2) >= 0
         if is_complete or len(line) > READ_BYTES:
-            self._failure = IncompleteError("sent an invalid chunk size")
+            self.failure = IncompleteError("sent an invalid chunk size")
         self._frame = line
 
     def _take_trailer(self, data):
@@ -934,7 +936,7 @@ class ResponseDecoder:
             self._end(self._frame[end.end():])
         elif len(self._frame) > MAX_HEAD_BYTES:
             limit = MAX_HEAD_BYTES >> 20
-            self._failure = IncompleteError(f"sent a trailer section over {limit} MiB")
+            self.failure = IncompleteError(f"sent a trailer section over {limit} MiB")
         return b""
 
     def _inflate(self, body):
@@ -956,7 +958,7 @@ class ResponseDecoder:
                 body = self._inflater.unused_data
         except zlib.error as error:
             self._fail(ServerError("the reply is not in the encoding that it claims"))
-            self._failure.__cause__ = error
+            self.failure.__cause__ = error
         except ServerError as error:
             self._fail(error)
             return b""
@@ -967,7 +969,7 @@ class ResponseDecoder:
             self._fail(IncompleteError("sent an incomplete compressed body"))
 
     def _fail(self, error):
-        self._failure = self._failure or error
+        self.failure = self.failure or error
         self.complete = False
 
 class EventDecoder:
@@ -988,16 +990,11 @@ class EventDecoder:
 
     def feed(self, data):
         """Return the Events that *data* completes; raise ServerError where one has no end."""
-        if self._after_cr and data.startswith(b"\n"):
-            data = data[1:]
-        elif not data:
-            return []
-        self._after_cr = data.endswith(b"\r")
+        if self._after_cr or b"\r" in data:
+            data = self._with_newlines(data)
         self._size += len(data)
         if self._size > MAX_EVENT_BYTES:
             raise ServerError(f"the stream has an event of over {MAX_EVENT_BYTES >> 20} MiB")
-        if b"\r" in data:
-            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         end = data.rfind(b"\n") + 1
         if not end:
             self._unfinished.append(data)
@@ -1016,6 +1013,14 @@ class EventDecoder:
         self._take_line(line)
         self._data = []
         return self._end_block()
+
+    def _with_newlines(self, data):
+        if self._after_cr and data.startswith(b"\n"):
+            data = data[1:]
+        elif not data:
+            return b""
+        self._after_cr = data.endswith(b"\r")
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def _take_lines(self, text):
         if text.startswith("data: ") and text.endswith("\n\n"):
@@ -1302,9 +1307,11 @@ def merge_usage(old, new):
 
 def join_surrogates(text):
     """Return *text* with surrogate pairs joined and lone surrogates replaced by U+FFFD."""
-    if not re.search("[\ud800-\udfff]", text):
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 class ThoughtSplitter:
     """Tell <think>...</think> at the head of an answer from the rest, however the text is cut."""
@@ -1444,8 +1451,10 @@ def error_sentence(document, depth=6):
         sentence = f"{path}: {sentence}"
     return sentence
 
-def _failed_choice(document):  # as OpenRouter reports an error
-    for choice in get_field(document, "choices", list) or ():
+def _failed_choice(choices):  # as OpenRouter reports an error
+    if not isinstance(choices, list):
+        return None
+    for choice in choices:
         if isinstance(choice, dict) and choice.get("error"):
             return choice
     return None
@@ -1463,8 +1472,9 @@ def is_error(document):
     """Return whether *document*, which came with HTTP 200 for a completion, is an error."""
     if not isinstance(document, dict) or document.get("error"):
         return True
-    if document.get("choices"):
-        return _failed_choice(document) is not None
+    choices = document.get("choices")
+    if choices:
+        return _failed_choice(choices) is not None
     if has_error(document):
         return True
     fields = _normalised(document)
@@ -1628,7 +1638,8 @@ def build_error(document, context, is_from_server=True):
     if isinstance(document, list) and len(document) == 1:  # as Gemini sends it
         document = document[0]
     if not get_field(document, "error", (str, dict)):
-        document = _failed_choice(document) or document
+        choices = get_field(document, "choices", list)
+        document = _failed_choice(choices) or document
     facts = _merge_error_fields(document)
     effective = _effective_status(facts, context.status)
     retry_after = retry_after_seconds(context.headers, facts)
@@ -1739,13 +1750,14 @@ class _ChunkBuilder:
         self._held = []
         self._given = bytearray()  # the text, in UTF-8: 100,000 small strings would weigh 6 MB
         self._pending_surrogate = ""
+        self._id = self._model = None
         self._begin()
 
     def _begin(self):
         self._texts = []
         self._thoughts = []
         self._deltas = 0
-        self._reason = self._usage = self._id = self._model = None
+        self._reason = self._usage = None
         self._tool_calls = []
         self._documents = []
         self._sources = []
@@ -1844,7 +1856,9 @@ class _ChunkBuilder:
             text = text[:-1]
         text = join_surrogates(text)
         self._given += text.encode("utf-8")
-        thoughts = join_surrogates("".join(self._thoughts))
+        thoughts = "".join(self._thoughts)
+        if thoughts:
+            thoughts = join_surrogates(thoughts)
         chunk = Chunk(text, thoughts, self._deltas, self._reason, self._usage, self._id,
                       self._model, self._tool_calls, self._documents, self._sources, at)
         self._begin()
@@ -1977,12 +1991,12 @@ class AnswerDecoder:
 
     def _add_texts(self, texts):
         """Add the JSON documents *texts*: parsed as one where that goes well, else one by one."""
-        joined = ",".join(texts)
+        joined = "[" + ",".join(texts) + "]"
         try:
-            documents = _JSON.decode(f"[{joined}]")
+            documents, end = _JSON.raw_decode(joined)
         except (ValueError, RecursionError):
-            documents = ()
-        if len(documents) == len(texts):
+            documents, end = (), 0
+        if len(documents) == len(texts) and end == len(joined):
             if "NaN" in joined or "Infinity" in joined or "\n" in joined:
                 texts = map(_source_line, texts)
             self._add_documents(documents, texts)
@@ -4107,8 +4121,8 @@ class Response:
         """
         body, self._body = self._body, b""
         with self._naming_peer():
-            if not body:
-                body = self._decoder.feed(b"")  # raises where the bytes before were broken
+            if not body and self._decoder.failure:
+                raise self._decoder.failure
             while not body and not self._decoder.complete:
                 body = self._receive(deadline)
         return body
@@ -6891,7 +6905,9 @@ SPARE_DESCRIPTORS = 40  # of the process, beside its connections
 MAX_SELECT_CONNECTIONS = 500  # Windows' select takes 512 sockets
 READABLE, WRITABLE = 1, 2  # EVENT_READ and EVENT_WRITE of selectors
 TIMEOUT_CHECK_SECONDS = 0.1
-LAG_SAMPLE_SECONDS = 0.01  # how often a measuring loop notes how late it wakes
+LAG_SAMPLE_SECONDS = 0.01  # how often a measuring loop notes how late it is
+WORK_SECONDS = 0.0003  # after which the loop looks for new bytes again
+MAX_UNPARSED_BYTES = 4 << 20  # received ahead of the parser
 PROGRESS_SECONDS = 0.5
 
 def allow_connections(count):
@@ -7007,13 +7023,16 @@ class PooledConnection:
         self.unsent = b""
         self.heard_at = 0
         self.is_reused = False
+        self.at_end = False  # nothing more can be received
+        self.failure = None  # OSError that was the end
 
 class RequestLoop:
     """Sends many requests at once, from one thread, through one selector.
 
-    A turn has three steps: receive and stamp all that is ready, then parse it, then deal with
-    ends.  So the time at which bytes arrived does not depend on the work that others cause.  A few
-    threads connect.  From start_lag_sampling() on, *lags* holds how late the loop wakes.
+    A turn has three steps: receive and stamp all that is ready, then parse for a moment, then
+    deal with ends.  What is left to do waits for the next turn.  So the time at which bytes
+    arrived does not depend on the work that others cause.  A few threads connect.  From
+    start_lag_sampling() on, *lags* holds how late the loop wakes, or parses what it received.
     """
 
     def __init__(self, waiter, keeps_connections=True):
@@ -7028,9 +7047,11 @@ class RequestLoop:
         self._connections = set()
         self._idle = []  # those of them that wait for a request
         self._in_flight = set()
+        self._received = collections.deque()  # (connection, data, time) to be parsed
+        self._unparsed_bytes = 0  # in that queue
         self._finished = []
         self._wanted = queue.Queue()  # exchanges that need a connection; None ends a thread
-        self._opened = []  # (exchange, Stream or exception, seconds), from the threads
+        self._opened = collections.deque()  # (exchange, Stream or exception, seconds): by threads
         self._threads = 0
         self._next_timeout_check = 0
         self._next_lag_sample = float("inf")
@@ -7044,14 +7065,14 @@ class RequestLoop:
         """Send the request of *exchange* on an idle connection, or on a new one."""
         self._in_flight.add(exchange)
         for connection in reversed(self._idle):
-            if connection.stream.route == exchange.route:
+            if connection.stream.route == exchange.route and not connection.at_end:
                 self._idle.remove(connection)
                 self._send(connection, exchange)
                 return
         self._connect(exchange)
 
     def start_lag_sampling(self):
-        """Note from now on, once in LAG_SAMPLE_SECONDS, how late the loop wakes."""
+        """Note from now on, once in LAG_SAMPLE_SECONDS, how late the loop is."""
         self.lags = []
         self._next_lag_sample = time.monotonic()
 
@@ -7068,19 +7089,17 @@ class RequestLoop:
 
         Raise KeyboardInterrupt or Terminated for a signal.
         """
-        # Whole milliseconds, rounded down: epoll rounds up, and would wake late.
-        wake_at = min(until, self._next_timeout_check, self._next_lag_sample)
-        milliseconds = int((wake_at - time.monotonic()) * 1000)
-        ready = self._selector.select(max(0, milliseconds - 0.5) / 1000)
-        received = self._receive(ready)
+        if self._unparsed_bytes < MAX_UNPARSED_BYTES:
+            wake_at = min(until, self._next_timeout_check, self._next_lag_sample)
+            self._receive(wake_at)
         now = time.monotonic()
-        while self._next_lag_sample <= now + 0.001:
-            self.lags.append(max(0, now - self._next_lag_sample))
-            self._next_lag_sample += LAG_SAMPLE_SECONDS
-        for connection, data, at in received:
-            self._parse(connection, data, at)
-        while self._opened:
-            self._connection_opened(*self._opened.pop(0))
+        while time.monotonic() < now + WORK_SECONDS and not self._finished:
+            if self._received:
+                self._parse(*self._received.popleft())
+            elif self._opened:
+                self._connection_opened(*self._opened.popleft())
+            else:
+                break
         if now >= self._next_timeout_check:
             self._next_timeout_check = now + TIMEOUT_CHECK_SECONDS
             self._end_silent_ones(now)
@@ -7094,6 +7113,8 @@ class RequestLoop:
         self._in_flight.clear()
         for connection in list(self._connections):
             self._close(connection)
+        self._received.clear()
+        self._unparsed_bytes = 0
         while self._opened:
             _, result, _ = self._opened.pop()
             if not isinstance(result, BaseException):
@@ -7186,13 +7207,13 @@ class RequestLoop:
         except OSError:  # what the server said before it closed, if anything, is read next
             connection.unsent = b""
 
-    def _receive(self, ready):
-        """Return a (connection, data, time) for each of the *ready* connections that brought bytes.
-
-        The data is b"" at the end, and an OSError where the connection broke.
-        """
-        received = []
-        for key, events in ready:
+    def _receive(self, wake_at):
+        """Wait, at most to the time *wake_at*, and queue what arrives: b"" for an end."""
+        milliseconds = 0
+        if not self._received and not self._opened:
+            # Whole milliseconds, rounded down: epoll rounds up, and would wake late.
+            milliseconds = int((wake_at - time.monotonic()) * 1000)
+        for key, events in self._selector.select(max(0, milliseconds - 0.5) / 1000):
             connection = key.data
             if connection is None:
                 self._drain(key.fileobj)
@@ -7202,13 +7223,27 @@ class RequestLoop:
                 if not connection.unsent:
                     self._selector.modify(connection.stream, READABLE, connection)
             if events & READABLE:
-                try:
-                    data = connection.stream.receive_now()
-                except OSError as error:
-                    data = error
-                if data is not None:
-                    received.append((connection, data, time.monotonic()))
-        return received
+                self._receive_from(connection)
+        now = time.monotonic()
+        unparsed_since = now
+        if self._received:
+            _, _, unparsed_since = self._received[0]
+        while self._next_lag_sample <= now + 0.001:
+            self.lags.append(max(now - self._next_lag_sample, now - unparsed_since))
+            self._next_lag_sample += LAG_SAMPLE_SECONDS
+
+    def _receive_from(self, connection):
+        try:
+            data = connection.stream.receive_now()
+        except OSError as error:
+            connection.failure = error
+            data = b""
+        if data is None or connection.at_end:
+            return
+        connection.at_end = not data
+        connection.heard_at = time.monotonic()
+        self._received.append((connection, data, connection.heard_at))
+        self._unparsed_bytes += len(data)
 
     def _drain(self, source):
         with contextlib.suppress(BlockingIOError):
@@ -7220,15 +7255,17 @@ class RequestLoop:
     # Parsing, and ends
 
     def _parse(self, connection, data, at):
-        connection.heard_at = at
+        self._unparsed_bytes -= len(data)
+        if connection not in self._connections:  # it was closed
+            return
         exchange = connection.exchange
         decoder = connection.decoder
         if decoder is None:  # an idle connection ends, or says what nobody asked
             self._close(connection)
             return
         try:
-            if isinstance(data, OSError):
-                raise data
+            if connection.failure and not data:
+                raise connection.failure
             body = decoder.feed(data)
             if not data:
                 decoder.finish()
@@ -7238,8 +7275,8 @@ class RequestLoop:
                     exchange.finish(at)
                     connection.exchange = None
                     self._end(exchange)
-                else:
-                    decoder.feed(b"")  # raises where the framing after *body* is broken
+                elif decoder.failure:
+                    raise decoder.failure
         except (OSError, WireError, XeroctlError) as error:
             self._connection_failed(connection, error, at)
             return

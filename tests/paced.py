@@ -5,6 +5,7 @@ options are in DEFAULTS. GET /log returns what it did: a list of {slug, message,
 """
 
 import contextlib
+import gc
 import heapq
 import itertools
 import json
@@ -257,5 +258,6 @@ class Server:
 
 if __name__ == "__main__":
     paced = Paced(json.loads(sys.argv[1]))
+    gc.disable()  # a collection would hold up the schedule
     print(paced.listener.getsockname()[1], flush=True)
     paced.serve()

@@ -251,6 +251,32 @@ def test_the_line_on_what_will_be_sent_tells_the_limit(terminal, endpoint, args,
     assert child.finish() == 0
 
 
+BUSY_PARSER = """
+import os, sys, time
+sys.path.insert(0, os.path.dirname(sys.argv.pop(1)))
+import xeroctl
+feed = xeroctl.AnswerDecoder.feed
+def slow_feed(self, data, at):
+    end = time.monotonic() + 0.004
+    while time.monotonic() < end:
+        pass
+    return feed(self, data, at)
+xeroctl.AnswerDecoder.feed = slow_feed
+sys.exit(xeroctl.main())
+"""
+
+
+def test_an_overloaded_parser_spoils_no_time_and_is_told(run, endpoint):
+    """Eight streams of a chunk each 4 ms, and a parser that takes 4 ms for each of them."""
+    done = run("bench", "-e", "blue", "--base-url", endpoint.url, "--concurrency", "8", "--requests", "8", "-o", "json",
+               interpreter_options=("-c", BUSY_PARSER))
+    document = json.loads(done.stdout.decode())
+    assert document["results"][0]["ok"] == 8
+    assert 2 < document["results"][0]["itl_ms"]["p50"] < 8  # with the parser's time, 32 or, read together, 0
+    assert document["client"]["lag_ms"]["p99"] > 50
+    assert document["client"]["trusted"] is False
+
+
 def test_demo(run):
     done = run("bench", "--demo", "--requests", "2", "--concurrency", "2", "--max-tokens", "3")
     assert (done.status, b"practice" in done.stdout) == (0, True)
