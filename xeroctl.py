@@ -906,7 +906,7 @@ class ResponseDecoder:
         at = self._missing
         pieces = [data[:at]]
         available = len(data)
-        while at < available:
+        while at + 2 < available:
             line = self._match_size(data, at)
             if not line:
                 self._hold_chunk_size(data[at:])
@@ -919,6 +919,8 @@ class ResponseDecoder:
                 break
             at = start + size
             pieces.append(data[start:at])
+        else:
+            self._frame = data[at:]
         self._missing = max(0, at - available)
         return b"".join(pieces)
 
@@ -7032,7 +7034,7 @@ class RequestLoop:
     A turn has three steps: receive and stamp all that is ready, then parse for a moment, then
     deal with ends.  What is left to do waits for the next turn.  So the time at which bytes
     arrived does not depend on the work that others cause.  A few threads connect.  From
-    start_lag_sampling() on, *lags* holds how late the loop wakes, or parses what it received.
+    start_lag_sampling() on, *lags* holds how late the loop wakes or parses.
     """
 
     def __init__(self, waiter, keeps_connections=True):
@@ -7210,9 +7212,11 @@ class RequestLoop:
     def _receive(self, wake_at):
         """Wait, at most to the time *wake_at*, and queue what arrives: b"" for an end."""
         milliseconds = 0
+        now = time.monotonic()
         if not self._received and not self._opened:
             # Whole milliseconds, rounded down: epoll rounds up, and would wake late.
-            milliseconds = int((wake_at - time.monotonic()) * 1000)
+            milliseconds = max(0, int((wake_at - now) * 1000))
+        asked = now + milliseconds / 1000
         for key, events in self._selector.select(max(0, milliseconds - 0.5) / 1000):
             connection = key.data
             if connection is None:
@@ -7224,13 +7228,23 @@ class RequestLoop:
                     self._selector.modify(connection.stream, READABLE, connection)
             if events & READABLE:
                 self._receive_from(connection)
+        self._sample_lag(asked)
+
+    def _sample_lag(self, asked):
+        """Note how late the loop is at each beat up to now; it had *asked* to wake at that time.
+
+        What it received may wait for the parser until the next beat.
+        """
         now = time.monotonic()
-        unparsed_since = now
+        parser_due = now
         if self._received:
-            _, _, unparsed_since = self._received[0]
-        while self._next_lag_sample <= now + 0.001:
-            self.lags.append(max(now - self._next_lag_sample, now - unparsed_since))
+            _, _, received_at = self._received[0]
+            parser_due = received_at + LAG_SAMPLE_SECONDS
+        while self._next_lag_sample <= now + 0.001:  # the wait was rounded down
+            due = min(asked, self._next_lag_sample, parser_due)
+            self.lags.append(max(0, now - due))
             self._next_lag_sample += LAG_SAMPLE_SECONDS
+            asked = now
 
     def _receive_from(self, connection):
         try:
