@@ -307,6 +307,18 @@ def redact(text, secrets):
             text = text.replace(secret, "***")
     return text
 
+def secret_parameters(url):
+    """Return the values in the query of *url* that may be secrets, as they stand there."""
+    parameters = re.findall("[?&]([^=&#]*)=([^&#]+)", url)
+    return [value for name, value in parameters if is_secret_name(name)]
+
+def mask_url(url):
+    """Return *url* with its user, its password and the secrets in its query masked."""
+    url = re.sub("//[^/]*@", "//****@", url)
+    for value in secret_parameters(url):
+        url = url.replace("=" + value, "=***")
+    return url
+
 def quote_value(text):
     """Return *text* in quotes for an error message, masked where it may be a key."""
     if re.match(r"(?=.*\d)[A-Za-z0-9_-]{16,}\Z", text):
@@ -395,7 +407,7 @@ def check_base_url(url):
             return url.rstrip("/")
         if parts.query and parts.path.endswith(CHAT_PATH):
             return url
-    raise UsageError(f"not a base URL: {quote_value(url)}: "
+    raise UsageError(f"not a base URL: {quote_value(mask_url(url))}: "
                      "one is https://api.xerotier.ai/PROJECT/v1")
 
 def origin(url):
@@ -1245,7 +1257,7 @@ def build_curl_command(request, settings):
     """Return *request* as a curl command that is safe to paste: the key is a variable in it."""
     from shlex import quote
 
-    secrets = [settings.api_key or ""]
+    secrets = secret_parameters(request.url) + [settings.api_key or ""]
     words = ["curl", "-gsSN" if request.streamed else "-gsS"]
     words.append(quote(redact(request.url, secrets)))
     if request.method not in ("GET", "POST"):
@@ -1650,6 +1662,8 @@ def build_error(document, context, is_from_server=True):
     sentence = error_sentence(document)
     if not sentence and _has_unrecognised_fields(document):
         sentence = body
+    elif body and not sentence and 200 <= context.status <= 299:
+        sentence = "not a completion: " + body
     if context.url.startswith("http:") and _PLAIN_HTTP.search(sentence):
         advice = "begin the base URL with https://"
     sentence = " ".join(redact(sentence, context.secrets).split())[:MAX_ERROR_CHARACTERS]
@@ -4230,7 +4244,7 @@ def request_bytes(request, route):
 
 def secret_texts(settings):
     """Return the texts in *settings* that must not be shown or repeated."""
-    texts = []
+    texts = secret_parameters(settings.base_url)
     if settings.api_key:
         texts.append(settings.api_key)
     for name, value in settings.headers:
@@ -5880,7 +5894,7 @@ class Chat:
     def do_context(self, argument):
         if argument:
             self._change_settings(argument, None)
-        self._print(f"endpoint: {self.settings.endpoint} at {self.settings.base_url}")
+        self._print(f"endpoint: {self.settings.endpoint} at {mask_url(self.settings.base_url)}")
 
     def _change_settings(self, context, endpoint):
         self.settings = self.resolve(self.settings, context, endpoint)
@@ -6275,7 +6289,7 @@ def mask_secrets(name, value):
         return mask_key(str(value))
     if isinstance(value, (bool, int, float)):
         return value
-    return re.sub("//[^/]*@", "//****@", str(value))  # a date becomes a text
+    return mask_url(str(value))  # a date becomes a text
 
 def fit_rows(rows, columns):
     """Return the *rows* of a list fitted to *columns*: long keys and URLs cut in the middle."""
@@ -6605,7 +6619,7 @@ def describe_settings(settings, console):
     """Return sentences that say which base URL and key are used, and where they come from."""
     url_source = settings.sources["base_url"]
     key_source = settings.sources["api_key"]
-    url_sentence = f"base URL {settings.base_url} ({url_source})"
+    url_sentence = f"base URL {mask_url(settings.base_url)} ({url_source})"
     if not settings.api_key:
         return [url_sentence, "no API key"]
     if console.out.is_terminal and key_source == url_source:
@@ -6717,7 +6731,7 @@ def run_checks(settings, check, console):
         tls_context(settings.cacert)
     check.is_plain = not route.tls
     facts = {
-        "base_url": settings.base_url,
+        "base_url": mask_url(settings.base_url),
         "api_key": mask_key(settings.api_key) or None,
         "endpoint": settings.endpoint,
         "sources": settings.sources,

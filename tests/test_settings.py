@@ -608,3 +608,28 @@ def test_a_password_in_a_refused_url_is_not_repeated(run, url):
 
 def test_an_empty_query_is_refused(run):
     assert run(*DRY, "--base-url", "https://h/v1/?").status == 2
+
+
+KEYED_URL = "http://127.0.0.1:1/v1/chat/completions?version=2&api_key=SECRET-IN-QUERY"
+
+
+@pytest.mark.parametrize("args", [
+    ["status", "--retries", "0"], ["status", "-o", "json"], ["chat", "-m", "hi", "--retries", "0"], ["chat", "-m", "hi", "-v", "--retries", "0"], ["chat", "-m", "hi", "--dry-run"],
+    ["models", "-v"], ["bench", "--dry-run"],
+], ids=" ".join)
+def test_a_key_in_the_query_of_a_base_url_is_not_shown(run, args):
+    result = run(*args, "--base-url", KEYED_URL, "--endpoint", "x")
+    assert b"SECRET-IN-QUERY" not in result.stdout + result.stderr
+    assert result.status in (0, 6)
+
+
+def test_a_key_in_the_query_is_not_shown_where_the_url_is_wrong(run):
+    result = run("chat", "-m", "hi", "--endpoint", "x", "--base-url", KEYED_URL.replace("/chat/completions", ""))
+    assert (result.status, b"SECRET-IN-QUERY" in result.stderr, b"api_key=***" in result.stderr) == (2, False, True)
+
+
+@pytest.mark.parametrize("args", [["list"], ["show"], ["list", "-o", "json"], ["show", "-o", "json"]], ids=" ".join)
+def test_a_key_in_the_query_of_a_stored_url_is_not_shown(run, config, args):
+    config(deployments(prod={"base_url": KEYED_URL}))
+    result = run("config", *args)
+    assert (result.status, b"SECRET-IN-QUERY" in result.stdout, b"api_key=***" in result.stdout) == (0, False, True)

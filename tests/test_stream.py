@@ -323,7 +323,7 @@ def test_json_lines_of_a_stream_that_is_cut_stay_lines(quiet):
     (b"event: error\ndata:\n\n", 5, "no reason given"),
     (b"data: no\n\n", 5, "the stream holds something that is not JSON"),
     (b"data: " + b"[" * 100000 + b"\n\n", 5, "the stream holds something that is not JSON"),
-    (b"data: []\n\n", 5, "error in the reply"),
+    (b"data: []\n\n", 5, "error in the reply: not a completion: []"),
 ], ids=lambda value: ascii(value)[:60])
 def test_an_error_inside_a_stream_is_an_error(quiet, event, status, message):
     result = quiet(stream(HEL, event, LO, STOP, DONE))
