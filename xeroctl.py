@@ -802,18 +802,19 @@ class ResponseDecoder:
         self._method = method
         self._received = bytearray()  # of the head
         self._head_bytes = 0  # of interim responses
-        self._take = self._take_until_close
+        # A function, since a method bound to this object would be a cycle.
+        self._take = ResponseDecoder._take_until_close
         self._missing = 0  # bytes of the body, or of the chunk
-        self._frame = b"\r\n"  # unfinished bytes between chunks, with the line end before them
+        self._frame = b"\r\n"  # bytes after the last chunk, from the line end that closes it
         self._is_compressed = False
         self._inflater = None  # of the gzip member or deflate stream that is being read
-        self._match_size = re.compile(_CHUNK_SIZE).match
+        self._match_size = re.compile(_CHUNK_SIZE).match  # not compiled at import: that is slow
 
     def feed(self, data):
         """Return the bytes of the body that *data* brought, decompressed.
 
-        Raise WireError where it is not HTTP.  Of a broken body the good bytes are returned, and
-        *failure* is set: the next call raises it.
+        Raise WireError where it is not HTTP.  If the body is broken, return the good bytes before
+        that and set *failure*: the next call raises it.
         """
         if self.failure:
             raise self.failure
@@ -824,7 +825,7 @@ class ResponseDecoder:
             data = self._take_head(data)
             if self.head is None:
                 return b""
-        body = self._take(data)
+        body = self._take(self, data)
         if body:
             self.has_body = True
         if self._is_compressed:
@@ -838,7 +839,7 @@ class ResponseDecoder:
 
         Where the head is still None, no response came.
         """
-        may_end = self._take in (self._take_until_close, self._take_trailer)
+        may_end = self._take in (ResponseDecoder._take_until_close, ResponseDecoder._take_trailer)
         if self.head and may_end:
             self.complete = True
             self._check_compressed_end()
@@ -882,11 +883,11 @@ class ResponseDecoder:
         content_coding = headers.get("content-encoding", "").lower()
         is_tunnel = self._method == "CONNECT" and status <= 299
         if is_tunnel or status in (101, 204, 304) or self._method == "HEAD":
-            self._take = self._take_length
+            self._take = ResponseDecoder._take_length
         elif re.search(r"(^|[, \t])chunked$", transfer_coding):
-            self._take = self._take_chunks
+            self._take = ResponseDecoder._take_chunks
         elif length:
-            self._take = self._take_length
+            self._take = ResponseDecoder._take_length
             self._missing = int(length.group(1)[:20])  # int refuses thousands of digits
         self._is_compressed = content_coding in ("gzip", "x-gzip", "deflate")
 
@@ -918,7 +919,7 @@ class ResponseDecoder:
         at = self._missing
         pieces = [data[:at]]
         available = len(data)
-        while at + 2 < available:
+        while at + 2 < available:  # a line end alone holds no size
             line = self._match_size(data, at)
             if not line:
                 self._hold_chunk_size(data[at:])
@@ -926,7 +927,7 @@ class ResponseDecoder:
             start = line.end()
             size = int(line[1], 16)
             if not size:
-                self._take = self._take_trailer
+                self._take = ResponseDecoder._take_trailer
                 self._take_trailer(data[start - 1:])
                 break
             at = start + size
@@ -1029,6 +1030,7 @@ class EventDecoder:
         return self._end_block()
 
     def _with_newlines(self, data):
+        """Return *data* with LF for each CR and CRLF, also where a CRLF was cut in two."""
         if self._after_cr and data.startswith(b"\n"):
             data = data[1:]
         elif not data:
@@ -1081,6 +1083,7 @@ BODY_OPTIONS = ("max_tokens", "temperature", "top_p", "frequency_penalty", "pres
                 "seed", "store")
 HERE_DOCUMENT_BYTES = 100 * 1000  # a longer body does not fit into a command line
 MAX_HELD_CHOICES = 4
+MAX_TOKENS = 10 ** 12  # a higher count is no count
 MAX_REASON_CHARACTERS = 100
 MAX_ERROR_NAME_CHARACTERS = 60
 THINK_START = "<think>"
@@ -1297,7 +1300,7 @@ def content_text(message):
 
 def _parse_count(document, name):
     count = get_field(document, name, (int, float))
-    if count is None or count % 1 != 0 or abs(count) > MAX_NUMBER:
+    if count is None or count % 1 != 0 or not 0 <= count <= MAX_TOKENS:
         return None
     return int(count)
 
@@ -1326,6 +1329,12 @@ def join_surrogates(text):
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+def split_surrogate(text):
+    """Return *text* without, and apart from it, a high surrogate at its end."""
+    if "\ud800" <= text[-1:] <= "\udbff":
+        return text[:-1], text[-1]
+    return text, ""
 
 class ThoughtSplitter:
     """Tell <think>...</think> at the head of an answer from the rest, however the text is cut."""
@@ -1662,7 +1671,7 @@ def build_error(document, context, is_from_server=True):
     sentence = error_sentence(document)
     if not sentence and _has_unrecognised_fields(document):
         sentence = body
-    elif body and not sentence and 200 <= context.status <= 299:
+    elif not sentence and 200 <= context.status <= 299 and not isinstance(document, (dict, str)):
         sentence = "not a completion: " + body
     if context.url.startswith("http:") and _PLAIN_HTTP.search(sentence):
         advice = "begin the base URL with https://"
@@ -1765,13 +1774,14 @@ class _ChunkBuilder:
         # without it.
         self._held = []
         self._given = bytearray()  # the text, in UTF-8: 100,000 small strings would weigh 6 MB
-        self._pending_surrogate = ""
         self._id = self._model = None
-        self._begin()
+        self._has_finished = False
+        self._begin("", "")
 
-    def _begin(self):
-        self._texts = []
-        self._thoughts = []
+    def _begin(self, text, thought):
+        """Begin a Chunk with the halves of characters that are left from the last one."""
+        self._texts = [text]
+        self._thoughts = [thought]
         self._deltas = 0
         self._reason = self._usage = None
         self._tool_calls = []
@@ -1862,27 +1872,31 @@ class _ChunkBuilder:
         return ""
 
     def build(self, at):
-        """Return the Chunk of all that was added since the last call, or None for nothing."""
-        if not (self._documents or self._deltas or self._reason or self._tool_calls):
+        """Return the Chunk of all that was added since the last call, or None for nothing.
+
+        The first half of a character waits for the second one, until finish().
+        """
+        text = "".join(self._texts)
+        thought = "".join(self._thoughts)
+        half = half_thought = ""
+        if not self._has_finished:
+            text, half = split_surrogate(text)
+            thought, half_thought = split_surrogate(thought)
+        if not (text or thought or self._documents or self._tool_calls or self._reason):
             return None
-        text = self._pending_surrogate + "".join(self._texts)
-        self._pending_surrogate = ""
-        if "\ud800" <= text[-1:] <= "\udbff" and not self.has_end:
-            self._pending_surrogate = text[-1]
-            text = text[:-1]
         text = join_surrogates(text)
         self._given += text.encode("utf-8")
-        thoughts = "".join(self._thoughts)
-        if thoughts:
-            thoughts = join_surrogates(thoughts)
-        chunk = Chunk(text, thoughts, self._deltas, self._reason, self._usage, self._id,
+        if thought:
+            thought = join_surrogates(thought)
+        chunk = Chunk(text, thought, self._deltas, self._reason, self._usage, self._id,
                       self._model, self._tool_calls, self._documents, self._sources, at)
-        self._begin()
+        self._begin(half, half_thought)
         return chunk
 
     def finish(self, at):
         """Return the last Chunk, or None for nothing."""
         self._add_held()
+        self._has_finished = True
         return self.build(at)
 
 def _source_line(text):
@@ -2008,11 +2022,13 @@ class AnswerDecoder:
     def _add_texts(self, texts):
         """Add the JSON documents *texts*: parsed as one where that goes well, else one by one."""
         joined = "[" + ",".join(texts) + "]"
+        is_whole = False
         try:
             documents, end = _JSON.raw_decode(joined)
+            is_whole = end == len(joined) and len(documents) == len(texts)
         except (ValueError, RecursionError):
-            documents, end = (), 0
-        if len(documents) == len(texts) and end == len(joined):
+            pass  # one by one, then
+        if is_whole:
             if "NaN" in joined or "Infinity" in joined or "\n" in joined:
                 texts = map(_source_line, texts)
             self._add_documents(documents, texts)
@@ -6921,9 +6937,11 @@ SPARE_DESCRIPTORS = 40  # of the process, beside its connections
 MAX_SELECT_CONNECTIONS = 500  # Windows' select takes 512 sockets
 READABLE, WRITABLE = 1, 2  # EVENT_READ and EVENT_WRITE of selectors
 TIMEOUT_CHECK_SECONDS = 0.1
+CROSSING_SECONDS = 1  # in which a request and the end of its connection may cross
+MAX_SKIPPING = 16  # connections on which the rest of a body is skipped
 LAG_SAMPLE_SECONDS = 0.01  # how often a measuring loop notes how late it is
 WORK_SECONDS = 0.0003  # after which the loop looks for new bytes again
-MAX_UNPARSED_BYTES = 4 << 20  # received ahead of the parser
+MAX_UNPARSED_BYTES = 4 << 20  # above it, a turn receives nothing
 PROGRESS_SECONDS = 0.5
 
 def allow_connections(count):
@@ -6971,7 +6989,8 @@ class Exchange:
         self.request = request
         self.route = route  # to the request's URL
         self.settings = settings
-        self.due = None  # when it should be sent; None: as soon as its connection is open
+        self.due = time.monotonic()  # when it should be sent
+        self.is_scheduled = False  # else it is not due before its connection is open
         self.sent_at = None  # when the request is given to its connection
         self.connect_seconds = None  # None: its connection was open already
         self.head = None
@@ -6992,19 +7011,19 @@ class Exchange:
                 self._answers = AnswerDecoder(self.request.streamed, head, self._context)
         if self._answers is None:
             self.error_body = (self.error_body + body)[:MAX_ERROR_BYTES]
-            return False
+            return len(self.error_body) == MAX_ERROR_BYTES
         self._add(self._answers.feed(body, at))
         return self._answers.ended
 
     def finish(self, at):
-        """Take the end of the body: *error* is what was wrong, or None."""
+        """Handle the end of the body; set *error* if something was wrong."""
         if self._answers is None:
             self.error = parse_error(self.error_body, self._context)
         else:
             self._add(self._answers.finish(at))
 
     def fail(self, error, at):
-        """End with *error*, unless the status or a finish reason says more."""
+        """End with *error*; after an error status or a finish reason, as finish() does."""
         self.error = error
         has_failed = self.head is not None and self._answers is None
         if has_failed or self.reply.finish_reason:
@@ -7032,23 +7051,25 @@ class Exchange:
 class PooledConnection:
     """A connection of a RequestLoop.  Without a decoder it is idle."""
 
-    def __init__(self, stream):
+    def __init__(self, stream, opened_at):
         self.stream = stream
-        self.exchange = None  # None beside a decoder: the rest of a body is read to its end
+        self.opened_at = opened_at
+        self.exchange = None  # None with a decoder: the answer has ended, the rest is skipped
         self.decoder = None
         self.unsent = b""
+        self.unparsed = 0  # reads that wait for the parser
         self.heard_at = 0
         self.is_reused = False
-        self.at_end = False  # nothing more can be received
-        self.failure = None  # OSError that was the end
+        self.at_end = False  # the end was received
+        self.failure = None  # the OSError that was the end, or None
 
 class RequestLoop:
     """Sends many requests at once, from one thread, through one selector.
 
-    A turn has three steps: receive and stamp all that is ready, then parse for a moment, then
-    deal with ends.  What is left to do waits for the next turn.  So the time at which bytes
-    arrived does not depend on the work that others cause.  A few threads connect.  From
-    start_lag_sampling() on, *lags* holds how late the loop wakes or parses.
+    A turn receives what is ready and notes the time, then parses for WORK_SECONDS.  Bytes that
+    are not parsed by then wait in a queue.  So the time of arrival does not depend on the work
+    for other connections.  A few threads connect.  After start_lag_sampling(), *lags* holds how
+    late the loop was.
     """
 
     def __init__(self, waiter, keeps_connections=True):
@@ -7063,11 +7084,12 @@ class RequestLoop:
         self._connections = set()
         self._idle = []  # those of them that wait for a request
         self._in_flight = set()
-        self._received = collections.deque()  # (connection, data, time) to be parsed
-        self._unparsed_bytes = 0  # in that queue
+        self._unparsed = collections.deque()  # (connection, data, time of arrival)
+        self._unparsed_bytes = 0
         self._finished = []
         self._wanted = queue.Queue()  # exchanges that need a connection; None ends a thread
-        self._opened = collections.deque()  # (exchange, Stream or exception, seconds): by threads
+        # (exchange, Stream or exception, time of the start, time of the end), from the threads
+        self._opened = collections.deque()
         self._threads = 0
         self._next_timeout_check = 0
         self._next_lag_sample = float("inf")
@@ -7081,7 +7103,7 @@ class RequestLoop:
         """Send the request of *exchange* on an idle connection, or on a new one."""
         self._in_flight.add(exchange)
         for connection in reversed(self._idle):
-            if connection.stream.route == exchange.route and not connection.at_end:
+            if connection.stream.route == exchange.route and not connection.unparsed:
                 self._idle.remove(connection)
                 self._send(connection, exchange)
                 return
@@ -7101,25 +7123,26 @@ class RequestLoop:
         self._selector.unregister(descriptor)
 
     def turn(self, until):
-        """Wait for something to happen, at most to the time *until*; return the ended exchanges.
+        """Do one turn, which waits at most to the time *until*; return the exchanges that ended.
 
         Raise KeyboardInterrupt or Terminated for a signal.
         """
-        if self._unparsed_bytes < MAX_UNPARSED_BYTES:
+        is_receiving = self._unparsed_bytes < MAX_UNPARSED_BYTES
+        if is_receiving:
             wake_at = min(until, self._next_timeout_check, self._next_lag_sample)
             self._receive(wake_at)
+        self._waiter.check()  # before the work: all that ends in a turn is returned
         now = time.monotonic()
         while time.monotonic() < now + WORK_SECONDS and not self._finished:
-            if self._received:
-                self._parse(*self._received.popleft())
-            elif self._opened:
+            if self._opened:
                 self._connection_opened(*self._opened.popleft())
+            elif self._unparsed:
+                self._parse(*self._unparsed.popleft())
             else:
                 break
-        if now >= self._next_timeout_check:
+        if is_receiving and now >= self._next_timeout_check:
             self._next_timeout_check = now + TIMEOUT_CHECK_SECONDS
             self._end_silent_ones(now)
-        self._waiter.check()
         finished = self._finished
         self._finished = []
         return finished
@@ -7129,10 +7152,10 @@ class RequestLoop:
         self._in_flight.clear()
         for connection in list(self._connections):
             self._close(connection)
-        self._received.clear()
+        self._unparsed.clear()
         self._unparsed_bytes = 0
         while self._opened:
-            _, result, _ = self._opened.pop()
+            _, result, _, _ = self._opened.pop()
             if not isinstance(result, BaseException):
                 result.close()
 
@@ -7150,6 +7173,9 @@ class RequestLoop:
     def _connect(self, exchange):
         import threading
 
+        skipping = [one for one in self._connections if one.decoder and not one.exchange]
+        if len(skipping) > MAX_SKIPPING:
+            self._close(min(skipping, key=lambda one: one.heard_at))
         self._wanted.put(exchange)
         if self._threads < CONNECTOR_THREADS:
             try:
@@ -7174,11 +7200,11 @@ class RequestLoop:
                 result = error
                 raise
             finally:
-                self._opened.append((exchange, result, time.monotonic() - started))
+                self._opened.append((exchange, result, started, time.monotonic()))
                 with contextlib.suppress(OSError):  # the loop was closed
                     self._wakeup_writer.send(b"!")
 
-    def _connection_opened(self, exchange, result, seconds):
+    def _connection_opened(self, exchange, result, started, opened_at):
         if isinstance(result, BaseException) and not isinstance(result, XeroctlError):
             raise result
         is_wanted = exchange in self._in_flight
@@ -7187,10 +7213,10 @@ class RequestLoop:
             if is_wanted:
                 self._end(exchange)
         elif is_wanted:
-            connection = PooledConnection(result)
+            connection = PooledConnection(result, opened_at)
             self._connections.add(connection)
             self._selector.register(result, READABLE, connection)
-            exchange.connect_seconds = seconds
+            exchange.connect_seconds = opened_at - started
             self._send(connection, exchange)
         else:
             result.close()
@@ -7209,8 +7235,8 @@ class RequestLoop:
         connection.decoder = ResponseDecoder(exchange.request.method)
         connection.unsent = memoryview(request_bytes(exchange.request, exchange.route))
         connection.heard_at = exchange.sent_at = time.monotonic()
-        if exchange.due is None:
-            exchange.due = exchange.sent_at
+        if not exchange.is_scheduled:
+            exchange.due = max(exchange.due, connection.opened_at)
         self._send_rest(connection)
         if connection.unsent:
             self._selector.modify(connection.stream, READABLE | WRITABLE, connection)
@@ -7224,13 +7250,13 @@ class RequestLoop:
             connection.unsent = b""
 
     def _receive(self, wake_at):
-        """Wait, at most to the time *wake_at*, and queue what arrives: b"" for an end."""
-        milliseconds = 0
+        """Wait to the time *wake_at* at most, send the rest of requests, and queue what arrives."""
         now = time.monotonic()
-        if not self._received and not self._opened:
+        milliseconds = 0
+        if not self._unparsed and not self._opened:
             # Whole milliseconds, rounded down: epoll rounds up, and would wake late.
             milliseconds = max(0, int((wake_at - now) * 1000))
-        asked = now + milliseconds / 1000
+        wanted_at = now + milliseconds / 1000
         for key, events in self._selector.select(max(0, milliseconds - 0.5) / 1000):
             connection = key.data
             if connection is None:
@@ -7240,38 +7266,42 @@ class RequestLoop:
                 self._send_rest(connection)
                 if not connection.unsent:
                     self._selector.modify(connection.stream, READABLE, connection)
-            if events & READABLE:
+            if events & READABLE and not connection.at_end:
                 self._receive_from(connection)
-        self._sample_lag(asked)
-
-    def _sample_lag(self, asked):
-        """Note how late the loop is at each beat up to now; it had *asked* to wake at that time.
-
-        What it received may wait for the parser until the next beat.
-        """
-        now = time.monotonic()
-        parser_due = now
-        if self._received:
-            _, _, received_at = self._received[0]
-            parser_due = received_at + LAG_SAMPLE_SECONDS
-        while self._next_lag_sample <= now + 0.001:  # the wait was rounded down
-            due = min(asked, self._next_lag_sample, parser_due)
-            self.lags.append(max(0, now - due))
-            self._next_lag_sample += LAG_SAMPLE_SECONDS
-            asked = now
+        self._sample_lag(wanted_at)
 
     def _receive_from(self, connection):
+        """Queue what arrived on *connection*; b"" stands for its end."""
         try:
             data = connection.stream.receive_now()
         except OSError as error:
             connection.failure = error
             data = b""
-        if data is None or connection.at_end:
+        if data is None:
             return
+        now = time.monotonic()
+        if connection.exchange is not None:  # what is skipped after an answer may not go on
+            connection.heard_at = now
         connection.at_end = not data
-        connection.heard_at = time.monotonic()
-        self._received.append((connection, data, connection.heard_at))
+        connection.unparsed += 1
+        self._unparsed.append((connection, data, now))
         self._unparsed_bytes += len(data)
+
+    def _sample_lag(self, wanted_at):
+        """Add a sample for each beat up to now; *wanted_at* is when we wanted to wake.
+
+        Bytes that wait for the parser are late after LAG_SAMPLE_SECONDS.
+        """
+        now = time.monotonic()
+        parser_due = now
+        if self._unparsed:
+            _, _, arrived_at = self._unparsed[0]
+            parser_due = arrived_at + LAG_SAMPLE_SECONDS
+        while self._next_lag_sample <= now + 0.001:  # we wake up to 1 ms before a beat
+            due = min(wanted_at, self._next_lag_sample, parser_due)
+            self.lags.append(max(0, now - due))
+            self._next_lag_sample += LAG_SAMPLE_SECONDS
+            wanted_at = now
 
     def _drain(self, source):
         with contextlib.suppress(BlockingIOError):
@@ -7284,6 +7314,7 @@ class RequestLoop:
 
     def _parse(self, connection, data, at):
         self._unparsed_bytes -= len(data)
+        connection.unparsed -= 1
         if connection not in self._connections:  # it was closed
             return
         exchange = connection.exchange
@@ -7310,8 +7341,8 @@ class RequestLoop:
             return
         if not decoder.complete:
             return
-        can_follow = decoder.keeps_open and not decoder.unread and not connection.unsent and data
-        if can_follow and self._keeps_connections:
+        is_in_use = decoder.unread or connection.unsent or connection.at_end
+        if decoder.keeps_open and not is_in_use and self._keeps_connections:
             connection.decoder = None
             connection.is_reused = True
             self._idle.append(connection)
@@ -7326,10 +7357,9 @@ class RequestLoop:
         if exchange is None:
             return
         is_lost = decoder.head is None and isinstance(error, (OSError, IncompleteError))
-        if is_lost and connection.is_reused:
+        if is_lost and connection.is_reused and at < exchange.sent_at + CROSSING_SECONDS:
             # The server closed the idle connection while our request was on its way.
-            if exchange.due == exchange.sent_at:
-                exchange.due = None
+            exchange.is_scheduled = True  # what that cost counts
             self._connect(exchange)
             return
         if not isinstance(error, XeroctlError):
@@ -7346,7 +7376,8 @@ class RequestLoop:
             limit = AFTER_FINISH_SECONDS
             if exchange and not exchange.reply.finish_reason:
                 limit = exchange.settings.timeout
-            if connection.decoder is None or now - connection.heard_at < limit:
+            is_heard = connection.unparsed or now - connection.heard_at < limit
+            if connection.decoder is None or is_heard:
                 continue
             self._close(connection)
             if exchange:
@@ -8114,6 +8145,7 @@ MAX_UNFINISHED = 1000  # with --rate
 MAX_LAG_MS = 5  # at p99: over it the figures are not to be trusted
 RESAMPLES = 2000
 REPORT_COLUMNS = 80
+MIN_COMPARED_MS = 0.01  # a median under this has no percentages
 FIGURES_COLUMNS = 59  # of the table: all but endpoint and load
 UNFINISHED = "unfinished"  # in place of an error, as NOT_SENT
 NOT_SENT = "not sent"
@@ -8190,7 +8222,7 @@ BenchRun = namedtuple("BenchRun", [
     "began",      # seconds since 1970
     "window_ms",  # [end of the ramp, last launch] since then
     "slo",        # None, or {"ttft_ms", "tpot_ms"}
-    "lag_ms",     # how late the loop woke: {"p50", "p99", "max"}
+    "lag_ms",     # how late the loop was: {"p50", "p99", "max"}
     "version",
     "options",    # LOAD_OPTIONS and their values
     "requests",   # list of BenchRequest
@@ -8205,7 +8237,7 @@ def _parse_numbers(text, convert, words):
         values = [convert(part) for part in text.split(",")]
     except ValueError:
         values = [0]
-    if not 0.001 <= min(values) <= max(values) <= 10000:
+    if not all(0.001 <= value <= 10000 for value in values):  # nan is not
         raise argparse.ArgumentTypeError(f"must be {words}, or several with commas")
     return values
 
@@ -8288,8 +8320,15 @@ def window_rates(requests, begin, end, chunk_tokens, usual_ms):
     return tokens / seconds, share / seconds
 
 def run_window(run, requests):
-    """Return the window of *run* in ms; where all were launched in the ramp, the time they took."""
+    """Return the window of *run* in ms.
+
+    An endpoint that had all its requests before the others has an end of its own.  If all
+    requests started during the ramp, the window is from the first start to the last end.
+    """
     begin, end = run.window_ms
+    wanted = (run.options or {}).get("requests")
+    if wanted and len(requests) >= wanted:
+        end = min(end, max(request.start_ms for request in requests))
     if end <= begin:
         for request in requests:
             begin = min(begin, request.start_ms)
@@ -8324,13 +8363,17 @@ class BenchSet:
     def __init__(self, endpoint, load, runs):
         self.endpoint = endpoint
         self.load = load
-        self.runs = []  # with the requests to this endpoint alone
+        self.runs = []  # that asked this endpoint, with the requests to it alone
         self.requests = []
         for run in runs:
-            if run.load == load:
-                requests = [one for one in run.requests if one.endpoint == endpoint]
+            requests = [one for one in run.requests if one.endpoint == endpoint]
+            if requests and run.load == load:
                 self.runs.append(run._replace(requests=requests))
                 self.requests += requests
+        self.slo = self.runs[0].slo
+        self.has_same_targets = all(run.slo == self.slo for run in self.runs)
+        if not self.has_same_targets:
+            self.slo = None
         self.good = [one for one in self.requests if one.error is None]
         output = sum(self.values("output_tokens"))
         chunks = sum(self.values("chunks"))
@@ -8339,7 +8382,7 @@ class BenchSet:
         if chunks:
             self.tokens_per_chunk = output / chunks
         rates = self._rates()
-        # The last one is the number of run groups; runs that overlap form one group.
+        # Runs that overlap are one group; *groups* is how many there are.
         self.token_rate, self.request_rate, self.seconds, self.groups = rates
 
     def values(self, name):
@@ -8371,7 +8414,7 @@ class BenchSet:
             input_tokens=sum(self.values("input_tokens")),
             output_tokens=self.output_tokens,
             cached_tokens=sum(self.values("cached_tokens")),
-            exact=all(self.values("exact")),
+            exact=bool(self.good) and all(self.values("exact")),
             tokens_per_chunk=self.tokens_per_chunk,
             slo=self._count_targets(),
         )
@@ -8392,15 +8435,16 @@ class BenchSet:
         return merge_rates(spans)
 
     def _count_targets(self):
-        slo = self.runs[0].slo
+        slo = self.slo
         if not slo:
             return None
         met = ended = 0
         for request in self.requests:
             missed = [name for name, target in slo.items()
                       if target and (getattr(request, name) or 0) > target]
+            has_text = request.ttft_ms is not None
             ended += request.error not in (UNFINISHED, NOT_SENT)
-            met += request.error is None and not missed
+            met += request.error is None and has_text and not missed
         return dict(slo, met=met, of=ended)
 
     def notes(self, result):
@@ -8409,10 +8453,15 @@ class BenchSet:
         if 1 < result["ok"] < 100:
             notes.append(f"p99 of {result['ok']} requests is little more than their slowest one")
         per_chunk = result["tokens_per_chunk"] or 1
-        if not result["exact"]:
+        if self.good and not result["exact"]:
             notes.append("the server sent no token counts: ~ marks counts of chunks")
         elif abs(per_chunk - 1) > 0.05:
             notes.append(f"ITL is by chunk, and a chunk holds {per_chunk:.1f} tokens")
+        textless = len(self.good) - len(self.values("ttft_ms"))
+        if textless:
+            notes.append(f"no figure counts {plural(textless, 'answer')} without text")
+        if not self.has_same_targets:
+            notes.append("the runs had different targets: none is counted")
         if self.groups > 1:
             notes.append(f"rates are averages of {self.groups} runs, one after the other")
         return notes
@@ -8560,6 +8609,7 @@ class BenchTarget:
         self.sent = 0
         self.in_flight = 0
         self.failures = 0  # in a row
+        self.good = self.good_tokens = 0  # requests that ended well, and their output
         self.requests = []  # BenchRequest, those that ended
 
     def build_exchange(self):
@@ -8610,12 +8660,12 @@ class BenchRunner:
         self._loop = loop
         self._targets = targets
         self._kind, self._amount = load
-        self._load = f"{self._kind}={self._amount:g}"
+        self._load = f"{self._kind}={self._amount:.12g}"
         self._options = options
         self._progress = progress
         self._run = os.urandom(6).hex()
         self._owners = {}  # Exchange -> BenchTarget
-        self._began = self._last_launch = time.monotonic()
+        self._began = self._last_launch = self._stops_at = time.monotonic()
         self._ramp = min(1, (options.duration or 10) / 10)
         self._slo = None
         if options.slo_ttft is not None or options.slo_tpot is not None:
@@ -8629,6 +8679,7 @@ class BenchRunner:
         gc.disable()
         began = time.time()
         self._began = time.monotonic()
+        self._stops_at = self._began + (self._options.duration or float("inf"))
         self._loop.start_lag_sampling()
         first_launches = [self._began]
         if self._kind == "c":
@@ -8640,7 +8691,8 @@ class BenchRunner:
             self._work()
         except (KeyboardInterrupt, Terminated) as error:
             self.interrupt = error
-            self._last_launch = time.monotonic()
+            if self._targets_to_ask(time.monotonic()):
+                self._last_launch = time.monotonic()
         finally:
             gc.enable()
         if self._owners:
@@ -8660,14 +8712,17 @@ class BenchRunner:
             requests=list(itertools.chain(*[target.requests for target in self._targets])),
         )
 
+    def _targets_to_ask(self, now):
+        """Return the targets that still get requests at the time *now*."""
+        if now >= self._stops_at or self.stopped:
+            return []
+        return [target for target in self._targets if target.sent < target.wanted]
+
     def _work(self):
-        stops_at = self._began + (self._options.duration or float("inf"))
         while True:
             now = time.monotonic()
-            more = [target for target in self._targets if target.sent < target.wanted]
-            if now >= stops_at or self.stopped:
-                more = []
-            if not more and (not self._owners or now >= stops_at + DRAIN_SECONDS):
+            more = self._targets_to_ask(now)
+            if not more and (not self._owners or now >= self._stops_at + DRAIN_SECONDS):
                 return
             wake_at = now + PROGRESS_SECONDS
             for target in more:
@@ -8684,8 +8739,9 @@ class BenchRunner:
                 return due
             target.free_at.remove(due)
             exchange = target.build_exchange()
+            exchange.due = due
             if self._kind == "rate":
-                exchange.due = due
+                exchange.is_scheduled = True
                 target.free_at.append(due + target.arrivals.expovariate(self._amount))
                 if target.in_flight >= MAX_UNFINISHED:
                     self._keep(exchange, target, NOT_SENT)
@@ -8697,6 +8753,7 @@ class BenchRunner:
         return float("inf")
 
     def _take(self, exchange):
+        now = time.monotonic()
         target = self._owners.pop(exchange)
         target.in_flight -= 1
         error = find_failure(exchange)
@@ -8715,16 +8772,17 @@ class BenchRunner:
                 backoff = min(error.retry_after, MAX_RETRY_DELAY_SECONDS)
         self._keep(exchange, target, name)
         if self._kind == "c":
-            target.free_at.append(time.monotonic() + backoff)
+            target.free_at.append(now + backoff)
 
     def _keep(self, exchange, target, error):
         reply = exchange.reply
         due = exchange.due
-        if due is None:  # it never had a connection
-            due = time.monotonic()
         output = reply.usage.completion
         if output is None:
             output = reply.deltas
+        if error is None:
+            target.good += 1
+            target.good_tokens += output
         target.requests.append(BenchRequest(
             run=self._run,
             endpoint=target.endpoint,
@@ -8750,15 +8808,14 @@ class BenchRunner:
             elapsed += f" of {self._options.duration:g}"
         parts = []
         for target in self._targets:
-            good = [one for one in target.requests if one.error is None]
-            failed = len(target.requests) - len(good)
-            rate = sum(one.output_tokens for one in good) / seconds
+            failed = len(target.requests) - target.good
+            rate = target.good_tokens / seconds
             parts.append(
                 "{} {} {} s: {} done, {} in flight, {} failed, {:.0f} tok/s".format(
                     target.endpoint,
                     self._load,
                     elapsed,
-                    len(good),
+                    target.good,
                     target.in_flight,
                     failed,
                     rate,
@@ -8811,20 +8868,27 @@ def format_number(value, decimals, columns):
         text = f"{value:.{decimals}f}"
     return text.rjust(columns)
 
+def mark_inexact(cell, result):
+    """Return the *cell* of a figure from output tokens, marked where those are chunks."""
+    if result["exact"]:
+        return cell
+    return ("~" + cell.lstrip()).rjust(len(cell))
+
 def _time_cell(result, name, statistic, decimals, columns):
     value = result[name][statistic]
     if value is not None and name == "e2e_ms":
         value /= 1000
-    return format_number(value, decimals, columns)
+    cell = format_number(value, decimals, columns)
+    if value is not None and name == "tpot_ms":
+        return mark_inexact(cell, result)
+    return cell
 
 def _row_figures(result, styled):
     line = ""
     for name, statistic, decimals in TABLE_TIMES:
         line += _time_cell(result, name, statistic, decimals, 7)
     rate = format_number(result["output_tokens_per_second"], 1, 7)
-    if not result["exact"]:
-        rate = "~" + rate.lstrip()
-    line += rate.rjust(8) + format_number(result["requests_per_second"], 2, 7)
+    line += mark_inexact(rate.rjust(8), result) + format_number(result["requests_per_second"], 2, 7)
     if not result["slo"]:
         return line + format_number(metric_value("errors", result), 0, 9)
     share = metric_value("slo%", result)
@@ -8903,21 +8967,23 @@ def total_line(result):
     return line
 
 def comparison_lines(bench_set, other):
-    """Return the line on how much slower *bench_set* was than *other*, or none without figures."""
+    """Return lines on how much slower *bench_set* was than *other*, or none without figures."""
     from random import Random
+    from textwrap import wrap
 
     parts = []
     for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
         values = bench_set.values(name)
         others = other.values(name)
-        if values and others:
+        if values and others and percentile(sorted(others), 50) > MIN_COMPARED_MS:
             label, _ = BENCH_TIMES[name].split()
             changes = compare_medians(values, others, Random(0))
-            parts.append("{} p50 {:+.0f} % ({:+.0f} to {:+.0f})".format(label, *changes))
+            change, low, high = map(round, changes)
+            parts.append(f"{label} p50 {change:+} % ({low:+} to {high:+})")
     if not parts:
         return []
     names = one_line(f"{bench_set.endpoint} against {other.endpoint}")
-    return [f"{names}: {', '.join(parts)}"]
+    return wrap(f"{names}: {', '.join(parts)}", REPORT_COLUMNS, subsequent_indent="    ")
 
 def report_lines(document, sets, output):
     """Return the lines of the report for the Output *output*."""
@@ -8993,6 +9059,8 @@ def build_targets(options, settings, console):
     if endpoints == [None]:
         raise UsageError("no endpoint: give --endpoint SLUG, or --demo to try without one")
     sampling = build_sampling(options)
+    if not any(name == "seed" for name, _ in options.param):
+        sampling.fields.pop("seed", None)  # --seed is that of the prompts
     if "max_completion_tokens" not in sampling.fields:
         sampling.fields.setdefault("max_tokens", DEFAULT_BENCH_MAX_TOKENS)
     prompts = read_prompts(options, console)
@@ -9079,6 +9147,8 @@ def measure_loads(options, targets, loads, saver, console):
             runs.append(runner.measure())
             progress.clear()
             saver.save(runs[-1])
+            if runner.stopped:
+                console.warn(f"the run was stopped after {FAILURES_TO_STOP} failures in a row")
             if runner.interrupt or runner.stopped:
                 break
     return runs, runner.interrupt
@@ -9102,6 +9172,11 @@ def show_runs(options, runs, interrupt, console):
     names = dict.fromkeys((one.endpoint, one.load) for one in requests)  # in their order
     sets = [BenchSet(endpoint, load, runs) for endpoint, load in names]
     document = build_bench_document(sets, options.fail_if, interrupt is not None)
+    for condition in options.fail_if:
+        values = [metric_value(condition.metric, result, document["client"]["lag_ms"])
+                  for result in document["results"]]
+        if set(values) <= {None}:
+            console.warn(f"--fail-if {condition.text}: there is no such figure")
     if console.json:
         console.write(json_text(document) + "\n")
     elif sets and options.save != "-":
@@ -9116,10 +9191,14 @@ def show_runs(options, runs, interrupt, console):
 def show_saved_runs(options, console):
     """Show the report on the files of --report; return the exit status."""
     console.json = options.output == "json"
-    runs = []
+    found = {}
     for path in options.report:
         text, _ = decode_text(read_finite(path))
-        runs += parse_saved_runs(text, utf8_argument(path))
+        for run in parse_saved_runs(text, utf8_argument(path)):
+            if run.run in found:
+                console.note(f"a run in {utf8_argument(path)} is counted once: it was given twice")
+            found.setdefault(run.run, run)
+    runs = list(found.values())
     if not any(run.requests for run in runs):
         paths = ", ".join(map(utf8_argument, options.report))
         raise UsageError(f"there are no saved requests in {paths}")
@@ -9498,6 +9577,7 @@ TYPES = {
     "--output": ("text", "json", "table"),
     "--param": parse_field,
     "--retries": number(int, 0, 1000),
+    "--prompt-tokens": number(int, 1, 1000000),
     "--warmup": number(int, 0, 1000),
     "CONDITION": parse_condition,
     "FILE": native_path,

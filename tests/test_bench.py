@@ -304,6 +304,7 @@ def test_fail_if(bench, condition, status):
     (["--fail-if", "slo<1"], "--slo-ttft"), (["--retries", "1"], "--retries"), (["--save", "-", "-o", "json"], "--save"),
     (["--rate", "1", "--concurrency", "2"], "--rate"), (["--concurrency", "2,x"], "--concurrency"), (["--rate", "0"], "--rate"),
     (["--report", "f"], "--report"), (["-e", "x"], "twice"), (["--prompts", "nowhere"], "nowhere"), (["--concurrency", "1,,2"], "--concurrency"),
+    (["--rate", "5,nan"], "--rate"), (["--rate", "5,inf"], "--rate"), (["--prompt-tokens", "20000000"], "--prompt-tokens"),
 ])
 def test_wrong_options_ask_nobody(run, args, words):
     done = run("bench", "-e", "x", *NEVER_RUN, *args)
@@ -484,6 +485,101 @@ def request(xeroctl, start=0, ttft=100, gaps=(), tokens=None, error=None, run="r
 
 def saved_run(xeroctl, requests, window=(0, 1000), began=0, run="r", lag=1, slo=None, load="c=1"):
     return xeroctl.BenchRun(run, load, began, list(window), slo, {"p50": 0, "p99": lag, "max": lag}, "0", {}, requests)
+
+
+def test_a_row_has_the_rates_of_the_runs_that_asked_its_endpoint(xeroctl):
+    one = saved_run(xeroctl, [request(xeroctl, start=100 * n, gaps=[1]) for n in range(10)])
+    other = saved_run(xeroctl, [request(xeroctl, endpoint="f")], began=50, run="s")
+    alone = xeroctl.BenchSet("e", "c=1", [one])
+    both = xeroctl.BenchSet("e", "c=1", [one, other])
+    assert (both.token_rate, both.request_rate, both.groups) == (alone.token_rate, alone.request_rate, 1)
+
+
+def test_an_endpoint_that_is_done_before_the_others_has_its_own_window(xeroctl):
+    fast = [request(xeroctl, start=start) for start in (0, 100, 200)]
+    slow = [request(xeroctl, start=start, ttft=1000, endpoint="f") for start in (0, 1000, 2000)]
+    run = saved_run(xeroctl, fast + slow, window=(0, 2000))._replace(options={"requests": 3})
+    rates = [xeroctl.BenchSet(endpoint, "c=1", [run]).request_rate for endpoint in "ef"]
+    assert rates == [pytest.approx(10), pytest.approx(1)]
+
+
+def test_different_targets_are_not_mixed(xeroctl):
+    runs = [saved_run(xeroctl, [request(xeroctl, run=run)], run=run, slo=slo)
+            for run, slo in (("r", None), ("s", {"ttft_ms": 10, "tpot_ms": None}))]
+    for order in runs, runs[::-1]:
+        both = xeroctl.BenchSet("e", "c=1", order)
+        result = both.result()
+        assert result["slo"] is None and "targets" in "".join(both.notes(result))
+    assert xeroctl.BenchSet("e", "c=1", runs[1:]).result()["slo"]["met"] == 0
+
+
+def test_a_run_is_counted_once(run, xeroctl, tmp_path):
+    path = tmp_path / "saved"
+    path.write_text(xeroctl.save_lines(saved_run(xeroctl, [request(xeroctl)])))
+    done = run("bench", "--report", str(path), str(path), "-o", "json")
+    assert json.loads(done.stdout.decode())["results"][0]["requests"] == 1
+    assert b"given twice" in done.stderr
+
+
+@pytest.mark.parametrize("condition", ["tpot.p95>1", "slo<95%"])
+def test_a_condition_on_a_figure_that_is_missing_is_told(run, xeroctl, tmp_path, condition):
+    path = tmp_path / "saved"
+    path.write_text(xeroctl.save_lines(saved_run(xeroctl, [request(xeroctl)])))
+    done = run("bench", "--report", str(path), "--fail-if", condition)
+    assert (done.status, condition.encode() in done.stderr) == (0, True)
+
+
+def test_close_rates_are_different_loads(bench):
+    rows = bench("blue", "--rate", "50.00001,50.00002", "--requests", "2", "-o", "json").document["results"]
+    assert [row["load"] for row in rows] == ["rate=50.00001", "rate=50.00002"]
+
+
+def test_a_comparison_fits_80_columns_and_has_no_percents_of_nothing(xeroctl):
+    rows = [(request(xeroctl, gaps=[0] * 9), "e"), (request(xeroctl, ttft=150, gaps=[10] * 9, endpoint="f" * 30), "f" * 30)]
+    slow, fast = (xeroctl.BenchSet(name, "c=1", [saved_run(xeroctl, [one])]) for one, name in rows)
+    lines = xeroctl.comparison_lines(fast, slow)
+    assert "TTFT p50 +50 %" in " ".join(" ".join(lines).split()) and "TPOT" not in "".join(lines)
+    assert max(map(len, xeroctl.comparison_lines(slow, fast) + lines)) <= 80
+
+
+def test_no_seed_is_sent_unasked(bench, endpoint):
+    bench("blue", "--requests", "1", "--warmup", "0")
+    bench("blue", "--requests", "1", "--warmup", "0", "--param", "seed=7")
+    assert [entry["body"].get("seed") for entry in endpoint.log()[-2:]] == [None, 7]
+
+
+def test_an_interrupt_while_the_last_ones_end_leaves_the_window(start, endpoint):
+    """Streams of 50 s; the window of 0.5 s is over when the interrupt comes."""
+    before = len(endpoint.log())
+    child = start("bench", "-e", "long", "--base-url", endpoint.url, "--duration", "0.5", "--rate", "20", "--warmup", "0",
+                  "--max-tokens", "1000", "-o", "json")
+    wait_until(lambda: len([entry for entry in endpoint.log()[before:] if len(entry["gaps"]) > 20]) > 3)
+    child.signal(signal.SIGINT)
+    document = json.loads(child.finish().stdout.decode())
+    assert document["interrupted"] and document["results"][0]["seconds"] < 0.6
+
+
+def test_a_run_that_is_stopped_says_so(bench):
+    done = bench("bad", "--warmup", "0", "--concurrency", "30,2")
+    assert b"20 failures in a row" in done.stderr
+
+
+def test_a_request_without_text_meets_no_target(xeroctl):
+    """A tool call alone: no time of a first token is known."""
+    slo = {"ttft_ms": 200, "tpot_ms": None}
+    run = saved_run(xeroctl, [request(xeroctl), request(xeroctl, ttft=None, tokens=20)], slo=slo)
+    assert xeroctl.BenchSet("e", "c=1", [run]).result()["slo"] == {**slo, "met": 1, "of": 2}
+
+
+def test_figures_from_chunks_are_marked(xeroctl):
+    """Where output tokens are not told, in the table and in the details."""
+    told, untold = request(xeroctl, gaps=[10] * 5), request(xeroctl, gaps=[10] * 5)._replace(exact=False)
+    for one, tpot, rate in (told, " 10.0 ", " 6.0 "), (untold, " ~10.0 ", " ~6.0 "):
+        result = xeroctl.BenchSet("e", "c=1", [saved_run(xeroctl, [one])]).result()
+        row = xeroctl.report_table([result], False)[-1]
+        assert row.count(tpot) == 2 and rate in row
+        detail = [line for line in xeroctl.detail_lines(result) if line.startswith("TPOT")]
+        assert detail[0].count(tpot.strip()) == 6
 
 
 @pytest.mark.parametrize("text, metric, sign, limit", [

@@ -341,6 +341,7 @@ def test_a_count_that_is_a_whole_float_is_a_number(xeroctl, count, parsed):
     ([choices([{"index": 1, "delta": {"content": "x"}}, {"index": 0, "delta": {"content": "a"}}])], "a", None),
     ([choices([{"delta": {"content": "a"}}])], "a", None),
     ([chunk("\ud83d"), chunk("\ude00"), chunk("\ud83d!")], "😀\ufffd!", None),
+    ([chunk("a"), chunk("\ud83d")], "a\ufffd", None),
     ([chunk("a"), completion("ab")], "ab", "stop"),
     ([chunk("a"), completion("b")], "a", "stop"),
     ([chunk("a\ud83d"), completion("a😀b")], "a\ufffd", "stop"),
@@ -348,6 +349,14 @@ def test_a_count_that_is_a_whole_float_is_a_number(xeroctl, count, parsed):
 def test_documents_add_up_to_a_reply(xeroctl, documents, text, reason):
     reply, _ = answered(xeroctl, documents)
     assert (reply.text, reply.finish_reason, reply.first_at) == (text, reason, 1.0)
+
+
+def test_a_character_of_the_reasoning_is_joined_however_it_is_cut(xeroctl):
+    stream = sse(chunk(delta={"reasoning": "a\ud83d"}), chunk(delta={"reasoning": "\ude00b"}), chunk("c", finish="stop"))
+    for at in range(len(stream) + 1):
+        decoder = decoder_of(xeroctl)
+        chunks = [decoder.feed(stream[:at], 1.0), decoder.feed(stream[at:], 2.0), decoder.finish(3.0)]
+        assert "".join(one.reasoning for one in chunks if one) == "a😀b", at
 
 
 def test_what_a_whole_message_holds_is_given_once(xeroctl):

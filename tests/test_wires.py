@@ -384,7 +384,7 @@ SHAPES = [
          both()),
     wire("a new id in each chunk", stream(*({**part, "id": str(at)} for at, part in enumerate((HEL, LO, STOP))), DONE), both()),
     wire("names twice, the last counts", stream(data('{"choices": [{"delta": {"content": "no", "content": "Hello"}}]}'), STOP, DONE), both()),
-    wire("JSON of a number", stream(HEL, data("7")), partly("Hel", 5, "error in the reply")),
+    wire("JSON of a number", stream(HEL, data("7")), partly("Hel", 5, "error in the reply: not a completion: 7")),
     *[wire(f"JSON of {text}", stream(HEL, data(text), LO, STOP, DONE), both()) for text in ("null", '""')],
     wire("JSON of a list", stream(HEL, data('[{"message": "no"}]')), partly("Hel", 5, "error in the reply: no")),
     wire("JSON with NaN", stream(HEL, data('{"choices": [], "x": NaN}'), LO, STOP, DONE), both()),
@@ -586,7 +586,7 @@ ERRORS_INSIDE = [
     wire("200 JSON error text", json_response({"error": "no"}), both("", 5, "error in the reply: no")),
     wire("200 JSON detail", json_response({"detail": "no"}), both("", 5, "error in the reply: no")),
     wire("200 JSON string", json_response("no"), both("", 5, "error in the reply: no")),
-    wire("200 JSON null", json_response(None), both("", 5, "error in the reply")),
+    wire("200 JSON null", json_response(None), both("", 5, "error in the reply: not a completion: null")),
     wire("200 JSON list", json_response([completion("no")]), both("", 5, "error in the reply")),
 ]
 
