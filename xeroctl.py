@@ -9024,8 +9024,8 @@ def read_prompts(options, console):
     if path is None:
         random = Random(options.seed)
         for _ in range(GENERATED_PROMPTS):
-            count = options.prompt_tokens or DEFAULT_PROMPT_TOKENS
-            words = [random.choice(BENCH_WORDS) for _ in range(count)]
+            console.waiter.check()
+            words = random.choices(BENCH_WORDS, k=options.prompt_tokens or DEFAULT_PROMPT_TOKENS)
             prompts.append(" ".join(words))
         return prompts
     if path == "-":
