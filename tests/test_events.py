@@ -352,7 +352,8 @@ def test_documents_add_up_to_a_reply(xeroctl, documents, text, reason):
 
 
 def test_a_character_of_the_reasoning_is_joined_however_it_is_cut(xeroctl):
-    stream = sse(chunk(delta={"reasoning": "a\ud83d"}), chunk(delta={"reasoning": "\ude00b"}), chunk("c", finish="stop"))
+    documents = [chunk(delta={"reasoning": "a\ud83d"}), chunk(delta={"reasoning": "\ude00b"}), chunk("c", finish="stop")]
+    stream = b"".join(b"data: %b\n\n" % json.dumps(document).encode() for document in documents)
     for at in range(len(stream) + 1):
         decoder = decoder_of(xeroctl)
         chunks = [decoder.feed(stream[:at], 1.0), decoder.feed(stream[at:], 2.0), decoder.finish(3.0)]
