@@ -7129,7 +7129,8 @@ class RequestLoop:
         """
         is_receiving = self._unparsed_bytes < MAX_UNPARSED_BYTES
         if is_receiving:
-            wake_at = min(until, self._next_timeout_check, self._next_lag_sample)
+            after_beat = self._next_lag_sample + 0.001
+            wake_at = min(until, self._next_timeout_check, after_beat)
             self._receive(wake_at)
         self._waiter.check()  # before the work: all that ends in a turn is returned
         now = time.monotonic()
@@ -7256,8 +7257,10 @@ class RequestLoop:
         if not self._unparsed and not self._opened:
             # Whole milliseconds, rounded down: epoll rounds up, and would wake late.
             milliseconds = max(0, int((wake_at - now) * 1000))
-        wanted_at = now + milliseconds / 1000
-        for key, events in self._selector.select(max(0, milliseconds - 0.5) / 1000):
+        ready = self._selector.select(max(0, milliseconds - 0.5) / 1000)
+        if milliseconds and not ready:
+            self._sample_lag(now + milliseconds / 1000)
+        for key, events in ready:
             connection = key.data
             if connection is None:
                 self._drain(key.fileobj)
@@ -7268,7 +7271,7 @@ class RequestLoop:
                     self._selector.modify(connection.stream, READABLE, connection)
             if events & READABLE and not connection.at_end:
                 self._receive_from(connection)
-        self._sample_lag(wanted_at)
+        self._sample_lag(0)
 
     def _receive_from(self, connection):
         """Queue what arrived on *connection*; b"" stands for its end."""
@@ -7287,21 +7290,23 @@ class RequestLoop:
         self._unparsed.append((connection, data, now))
         self._unparsed_bytes += len(data)
 
-    def _sample_lag(self, wanted_at):
-        """Add a sample for each beat up to now; *wanted_at* is when we wanted to wake.
+    def _sample_lag(self, timer_at):
+        """Add a sample for each beat up to now: how late the loop is.
 
-        Bytes that wait for the parser are late after LAG_SAMPLE_SECONDS.
+        *timer_at* is when the timer that woke us was due, which is up to 1 ms after the beat; it
+        is 0 where something else woke us.  Bytes that wait for the parser are late after a beat.
         """
         now = time.monotonic()
         parser_due = now
         if self._unparsed:
             _, _, arrived_at = self._unparsed[0]
             parser_due = arrived_at + LAG_SAMPLE_SECONDS
-        while self._next_lag_sample <= now + 0.001:  # we wake up to 1 ms before a beat
-            due = min(wanted_at, self._next_lag_sample, parser_due)
-            self.lags.append(max(0, now - due))
+        while self._next_lag_sample <= now:
+            due = max(self._next_lag_sample, timer_at)
+            due = min(due, parser_due)
+            lag = max(0, now - due)
+            self.lags.append(lag)
             self._next_lag_sample += LAG_SAMPLE_SECONDS
-            wanted_at = now
 
     def _drain(self, source):
         with contextlib.suppress(BlockingIOError):

@@ -264,18 +264,18 @@ def test_no_more_is_received_than_the_parser_may_hold_back(loop, xeroctl, monkey
     assert loop.loop._unparsed_bytes == 0
 
 
-@pytest.mark.parametrize("wanted, beat, arrived, late", [
-    (0.010, 0.010, None, 0.004), (0.0095, 0.010, None, 0.0045), (0.020, 0.010, None, 0.004), (0.0, 0.020, None, None),
-    (0.014, 0.014, 0.013, 0), (0.010, 0.010, -0.026, 0.030), (0.014, 0.014, -0.026, 0.030),
+@pytest.mark.parametrize("beat, timer, arrived, late", [
+    (0.010, 0, None, [0.004]), (0.0095, 0.010, None, [0.004]), (0.0, 0.0004, None, [0.0136, 0.004]), (0.0145, 0, None, []),
+    (0.014, 0, 0.013, [0]), (0.010, 0, 0.013, [0.004]), (0.010, 0, -0.026, [0.030]), (0.0, 0, -0.026, [0.030, 0.030]),
 ], ids=str)
-def test_lag(loop, xeroctl, monkeypatch, wanted, beat, arrived, late):
-    """Seen at 14 ms: how late the loop is for the beat, if it is one."""
+def test_lag(loop, xeroctl, monkeypatch, beat, timer, arrived, late):
+    """Seen at 14 ms: how late the loop is for each beat before that."""
     now = 1000.014
     monkeypatch.setattr(xeroctl.time, "monotonic", lambda: now)
     if arrived is not None:
         loop.loop._unparsed.append((None, b"", 1000 + arrived))
     loop.loop._next_lag_sample = 1000 + beat
-    loop.loop._sample_lag(1000 + wanted)
+    loop.loop._sample_lag(1000 + timer if timer else 0)
     monkeypatch.undo()
     loop.loop._unparsed.clear()
-    assert loop.loop.lags == ([] if late is None else [pytest.approx(late, abs=1e-6)])
+    assert loop.loop.lags == [pytest.approx(one, abs=1e-6) for one in late]
