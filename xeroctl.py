@@ -1083,7 +1083,7 @@ BODY_OPTIONS = ("max_tokens", "temperature", "top_p", "frequency_penalty", "pres
                 "seed", "store")
 HERE_DOCUMENT_BYTES = 100 * 1000  # a longer body does not fit into a command line
 MAX_HELD_CHOICES = 4
-MAX_TOKENS = 10 ** 12  # a higher count is no count
+MAX_TOKENS = 10 ** 12  # a larger count is ignored
 MAX_REASON_CHARACTERS = 100
 MAX_ERROR_NAME_CHARACTERS = 60
 THINK_START = "<think>"
@@ -1331,7 +1331,7 @@ def join_surrogates(text):
     return text
 
 def split_surrogate(text):
-    """Return *text* without, and apart from it, a high surrogate at its end."""
+    """Return (*text* without a high surrogate at its end, that surrogate or nothing)."""
     if "\ud800" <= text[-1:] <= "\udbff":
         return text[:-1], text[-1]
     return text, ""
@@ -7283,7 +7283,7 @@ class RequestLoop:
         if data is None:
             return
         now = time.monotonic()
-        if connection.exchange is not None:  # what is skipped after an answer may not go on
+        if connection.exchange is not None:  # after an answer, more bytes give no more time
             connection.heard_at = now
         connection.at_end = not data
         connection.unparsed += 1
@@ -7364,7 +7364,7 @@ class RequestLoop:
         is_lost = decoder.head is None and isinstance(error, (OSError, IncompleteError))
         if is_lost and connection.is_reused and at < exchange.sent_at + CROSSING_SECONDS:
             # The server closed the idle connection while our request was on its way.
-            exchange.is_scheduled = True  # what that cost counts
+            exchange.is_scheduled = True  # the time that was lost counts
             self._connect(exchange)
             return
         if not isinstance(error, XeroctlError):
@@ -8242,7 +8242,7 @@ def _parse_numbers(text, convert, words):
         values = [convert(part) for part in text.split(",")]
     except ValueError:
         values = [0]
-    if not all(0.001 <= value <= 10000 for value in values):  # nan is not
+    if not all(0.001 <= value <= 10000 for value in values):  # False for nan
         raise argparse.ArgumentTypeError(f"must be {words}, or several with commas")
     return values
 
@@ -8401,6 +8401,7 @@ class BenchSet:
         """Return the result as -o json has it."""
         errors = [request.error for request in self.requests]
         failures = [error for error in errors if error not in (None, UNFINISHED, NOT_SENT)]
+        counted = self.good or [one for one in self.requests if one.output_tokens]
         result = {
             "endpoint": self.endpoint,
             "load": self.load,
@@ -8419,7 +8420,7 @@ class BenchSet:
             input_tokens=sum(self.values("input_tokens")),
             output_tokens=self.output_tokens,
             cached_tokens=sum(self.values("cached_tokens")),
-            exact=bool(self.good) and all(self.values("exact")),
+            exact=all(request.exact for request in counted),
             tokens_per_chunk=self.tokens_per_chunk,
             slo=self._count_targets(),
         )
@@ -8458,13 +8459,13 @@ class BenchSet:
         if 1 < result["ok"] < 100:
             notes.append(f"p99 of {result['ok']} requests is little more than their slowest one")
         per_chunk = result["tokens_per_chunk"] or 1
-        if self.good and not result["exact"]:
+        if not result["exact"]:
             notes.append("the server sent no token counts: ~ marks counts of chunks")
         elif abs(per_chunk - 1) > 0.05:
             notes.append(f"ITL is by chunk, and a chunk holds {per_chunk:.1f} tokens")
         textless = len(self.good) - len(self.values("ttft_ms"))
         if textless:
-            notes.append(f"no figure counts {plural(textless, 'answer')} without text")
+            notes.append(f"not in the figures: {plural(textless, 'answer')} without text")
         if not self.has_same_targets:
             notes.append("the runs had different targets: none is counted")
         if self.groups > 1:
@@ -8844,6 +8845,10 @@ def warm_up(loop, target, count):
 
 # The report
 
+def condition_values(condition, results, lag_ms):
+    """Return what *condition* looks at: a value, or None, for each of *results*."""
+    return [metric_value(condition.metric, result, lag_ms) for result in results]
+
 def build_bench_document(sets, conditions, interrupted):
     """Return what -o json prints on the BenchSets *sets*; the lag is that of the worst run."""
     results = [bench_set.result() for bench_set in sets]
@@ -8853,7 +8858,7 @@ def build_bench_document(sets, conditions, interrupted):
             lag_ms[name] = max(lag_ms[name], run.lag_ms[name])
     failed = []
     for condition in conditions:
-        values = [metric_value(condition.metric, result, lag_ms) for result in results]
+        values = condition_values(condition, results, lag_ms)
         if any(condition_holds(condition, value) for value in values):
             failed.append(condition.text)
     return {
@@ -8874,7 +8879,7 @@ def format_number(value, decimals, columns):
     return text.rjust(columns)
 
 def mark_inexact(cell, result):
-    """Return the *cell* of a figure from output tokens, marked where those are chunks."""
+    """Return *cell* with a ~ if the output tokens behind it are counts of chunks."""
     if result["exact"]:
         return cell
     return ("~" + cell.lstrip()).rjust(len(cell))
@@ -8988,7 +8993,8 @@ def comparison_lines(bench_set, other):
     if not parts:
         return []
     names = one_line(f"{bench_set.endpoint} against {other.endpoint}")
-    return wrap(f"{names}: {', '.join(parts)}", REPORT_COLUMNS, subsequent_indent="    ")
+    return wrap(f"{names}: {', '.join(parts)}", REPORT_COLUMNS, subsequent_indent="    ",
+                break_on_hyphens=False)
 
 def report_lines(document, sets, output):
     """Return the lines of the report for the Output *output*."""
@@ -9178,8 +9184,8 @@ def show_runs(options, runs, interrupt, console):
     sets = [BenchSet(endpoint, load, runs) for endpoint, load in names]
     document = build_bench_document(sets, options.fail_if, interrupt is not None)
     for condition in options.fail_if:
-        values = [metric_value(condition.metric, result, document["client"]["lag_ms"])
-                  for result in document["results"]]
+        lag_ms = document["client"]["lag_ms"]
+        values = condition_values(condition, document["results"], lag_ms)
         if set(values) <= {None}:
             console.warn(f"--fail-if {condition.text}: there is no such figure")
     if console.json:
@@ -9196,14 +9202,14 @@ def show_runs(options, runs, interrupt, console):
 def show_saved_runs(options, console):
     """Show the report on the files of --report; return the exit status."""
     console.json = options.output == "json"
-    found = {}
+    runs_by_id = {}
     for path in options.report:
         text, _ = decode_text(read_finite(path))
         for run in parse_saved_runs(text, utf8_argument(path)):
-            if run.run in found:
+            if run.run in runs_by_id:
                 console.note(f"a run in {utf8_argument(path)} is counted once: it was given twice")
-            found.setdefault(run.run, run)
-    runs = list(found.values())
+            runs_by_id.setdefault(run.run, run)
+    runs = list(runs_by_id.values())
     if not any(run.requests for run in runs):
         paths = ", ".join(map(utf8_argument, options.report))
         raise UsageError(f"there are no saved requests in {paths}")

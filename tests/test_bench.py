@@ -572,6 +572,12 @@ def test_a_request_without_text_meets_no_target(xeroctl):
     assert xeroctl.BenchSet("e", "c=1", [run]).result()["slo"] == {**slo, "met": 1, "of": 2}
 
 
+@pytest.mark.parametrize("error, tokens, exact", [("server", 0, True), ("unfinished", 5, False)])
+def test_only_counted_chunks_are_marked_where_nothing_ended_well(xeroctl, error, tokens, exact):
+    one = request(xeroctl, error=error, tokens=tokens)._replace(exact=False)
+    assert xeroctl.BenchSet("e", "c=1", [saved_run(xeroctl, [one])]).result()["exact"] is exact
+
+
 def test_figures_from_chunks_are_marked(xeroctl):
     """Where output tokens are not told, in the table and in the details."""
     told, untold = request(xeroctl, gaps=[10] * 5), request(xeroctl, gaps=[10] * 5)._replace(exact=False)
